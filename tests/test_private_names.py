@@ -24,7 +24,6 @@ SINCE = {
     "torch._grouped_mm": "2.8",
     "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "2.9",
     "transformers.conversion_mapping._MODEL_TO_CONVERSION_PATTERN": "5.0",
-    "transformers.integrations.finegrained_fp8._dequantize_fp8_weight": "5.24",
 }
 
 

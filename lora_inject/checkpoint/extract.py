@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
@@ -27,12 +27,17 @@ from lora_inject.core.adapter.svd import Decomposed, decompose
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
-from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.names import counted, is_bias
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.tables import Listing, listed, span, wrapped
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.exchange import write_adapter
 from lora_inject.formats.model_facts import ModelFacts
+
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ class _Extraction:
         if not delta:
             return None
         relative = delta / size if size else None
-        if min(matrix_of(after.shape)) < 2:
+        if min(matrix_of(after.shape)) < 2 or is_bias(name):
             return self._whole(after, relative)
         site, held = self._site(name, difference)
         for update in (site, *self._tied(name, site)):
@@ -265,7 +270,7 @@ class _Extraction:
     def _site(self, name: str, difference: Tensor) -> tuple[SiteState, float]:
         """Decompose one tensor; decompose a stack matrix by matrix, to one rank."""
         shape = tuple(difference.shape)
-        stacked = len(shape) == 3 and not name.endswith(".weight")
+        stacked = len(shape) == 3 and self._kind(name, shape) == "parameter"
         matrix = matrix_of(shape[1:] if stacked else shape)
         parts = [
             decompose(part, self.rank, self.energy) for part in difference.reshape(-1, *matrix)
@@ -312,20 +317,24 @@ class _Extraction:
         n_out, n_in = matrix_of(shape if experts is None else shape[1:])
         if transposed:
             n_out, n_in = n_in, n_out
-        name = weight.removesuffix(".weight")
+        name = weight if kind == "parameter" else weight.removesuffix(".weight")
         spec = SiteSpec(name, kind, n_in, n_out, shape, rank, float(rank), weight=weight)
         return replace(spec, transposed=transposed, experts=experts)
 
     def _kind(self, weight: str, shape: tuple[int, ...]) -> str:
         if not weight.endswith(".weight"):
             return "parameter"
-        if len(shape) > 2:
-            return "conv"
-        if not self.of.known or len(shape) != 2:
-            return "linear"
-        if isinstance(self.of.module_of(weight), torch.nn.Embedding):
+        module = self.of.module_of(weight) if self.of.known else None
+        if module is None:  # the name of the file alone says something
+            return "conv" if len(shape) > 2 else "linear"
+        if isinstance(module, nn.Embedding):
             return "embedding"
-        return "conv1d" if self.of.transposed(weight) else "linear"
+        if isinstance(module, _CONVOLUTIONS):
+            return "conv"
+        said = self.of.transposed(weight)
+        if said is None or len(shape) > 2:  # of no layer that is known, such as a router
+            return "parameter"
+        return "conv1d" if said else "linear"
 
 
 def _halves(part: Decomposed, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:

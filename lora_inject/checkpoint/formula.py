@@ -64,6 +64,8 @@ class _Formula:
         named = set(job.sites if job.placed else ())
         self.sites = [(site, weight) for site, weight in sites if site.spec.name in named]
         self.n_cols = math.prod(job.shape[1:] if len(job.shape) > 1 else job.shape)
+        if job.packed is not None:
+            self.n_cols = job.shape[-1]
         for site, _ in self.sites:
             if site.spec.kind == "parameter" and site.spec.weight_shape == job.shape:
                 self.n_cols = site.spec.matrix_shape[1]  # of several axes, some are rows

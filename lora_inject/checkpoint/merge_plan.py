@@ -3,8 +3,8 @@
 Planning reads only headers and adapters, and lays every output file out to the byte. Every error
 that can be known in advance is raised here; only errors of the disk and of rounding come later.
 
-From the updates changes follow, in this order: tensors are dequantized, ties are cut, dtypes
-change, a vocabulary grows. Each may change `config.json`.
+From the updates changes follow, in this order: ties are cut, dtypes change, a vocabulary grows.
+Each may change `config.json`.
 """
 
 from __future__ import annotations
@@ -188,7 +188,6 @@ def plan_merge(
     for adapter in weighted:
         place_adapter(adapter, of, options, jobs)
     changes = _Changes(of, options, jobs)
-    changes.dequantize()
     changes.untie()
     changes.change_dtype()
     for job in jobs.values():
@@ -267,15 +266,6 @@ class _Changes:
         self.jobs[name] = TensorJob.of(self.checkpoint, name, entry)
         return self.jobs[name]
 
-    def dequantize(self) -> None:
-        """Write every tensor that is shown dequantized."""
-        if self.options.dequantize is None:
-            return
-        for name in self.checkpoint.packed.keys() - self.jobs.keys():
-            self._add(name, name)
-        if "quantization_config" in self.checkpoint.config:
-            self.config["quantization_config"] = None
-
     def untie(self) -> None:
         """Write every tensor of a cut tie separately.
 
@@ -332,13 +322,17 @@ class _Changes:
             job.base_copy, job.shape = changed.base_copy, tuple(changed.base_copy.shape)
 
     def change_dtype(self) -> None:
-        """Cast every float tensor if another dtype was asked for."""
-        if self.options.dtype is None:
-            return
-        dtype = FORMAT_DTYPES[self.options.dtype]
-        for entry in self.checkpoint:
-            if entry.name not in self.jobs and entry.dtype in FLOATS and entry.dtype != dtype:
+        """Write every quantized tensor as floats, and every float tensor in a dtype, as asked."""
+        packed = self.checkpoint.packed if self.options.dequantize is not None else {}
+        dtype = FORMAT_DTYPES.get(self.options.dtype or "")
+        for entry in self.checkpoint:  # in their order: whoever plans again makes the same files
+            is_cast = dtype is not None and entry.dtype in FLOATS and entry.dtype != dtype
+            if entry.name not in self.jobs and (is_cast or entry.name in packed):
                 self._add(entry.name, entry.name)
+        if self.options.dequantize is not None and "quantization_config" in self.checkpoint.config:
+            self.config["quantization_config"] = None
+        if dtype is None:
+            return
         for job in self.jobs.values():
             job.dtype = dtype if job.dtype in FLOATS else job.dtype
         if self.checkpoint.config:

@@ -129,10 +129,10 @@ class TensorJob:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Shape of the tensor seen as the matrix that the terms are on."""
-        if not self.placed:
+        """Shape of the tensor as the matrix that the terms are on, or whose rows are packed."""
+        if not self.placed and self.packed is None:
             return matrix_of(self.shape)
-        n_cols = self.placed[0].n_cols
+        n_cols = self.placed[0].n_cols if self.placed else self.shape[-1]
         return math.prod(self.shape) // n_cols, n_cols
 
     def report(self, tally: Tally) -> TensorReport:

@@ -20,8 +20,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -87,34 +86,35 @@ class Places:
         self._class_is_built = False  # because a name was not in the files
         state, stored = adapter.state, self.checkpoint.tensors
         updates = [(site.spec, one) for site in state.sites.values() for one in self._updates(site)]
-        for _, (name, put, value) in updates:
-            self._place(name, put, value)
-        for spec, (name, put, value) in updates:
+        for _, (name, put) in updates:
+            self._place(name, put)
+        for spec, (name, put) in updates:
             for alias in spec.aliases:  # a layer of several names has as many in the files
                 other = alias + name.removeprefix(spec.name)
                 if (there := self.rule(other)) in stored and there not in self._kinds:
-                    self._place(other, put, value)
+                    self._place(other, put)
         for name, value in state.trained.items():
             if name not in state.rows:
-                self._place(name, self._trained, value)
-        for name, value in state.base_copies.items():
-            self._place(name, self._copy, value)
+                self._place(name, partial(self._trained, value=value))
+        for name, copy in state.base_copies.items():
+            self._place(name, partial(self._copy, copy=copy))
         # Stored ones first: a tied head follows its embedding.
         for name in sorted(state.rows, key=lambda name: self.rule(name) not in stored):
-            self._place(name, self._rows, (state.rows[name], state.trained[name]))
+            rows = partial(self._rows, indices=state.rows[name], values=state.trained[name])
+            self._place(name, rows)
 
-    def _updates(self, site: SiteState) -> Iterator[tuple[str, Callable[[str, Any], None], Any]]:
-        """Yield the name of each tensor that a site updates, how it is placed, and what."""
+    def _updates(self, site: SiteState) -> Iterator[tuple[str, Callable[[str], None]]]:
+        """Yield the name of each tensor that a site updates, and what places it under a name."""
         weight = _plain(site.spec)
-        yield weight, self._site, site
+        yield weight, partial(self._site, site=site)
         if site.spec.lora_bias:
             bias = f"{weight.removesuffix('weight')}bias"
-            yield bias, self._added, site.scale * site.further["b"].detach()
+            yield bias, partial(self._added, vector=site.scale * site.further["b"].detach())
 
-    def _place(self, original: str, put: Callable[[str, Any], None], value: Any) -> None:
+    def _place(self, original: str, put: Callable[[str], None]) -> None:
         """Place one tensor of the adapter under its name in the files, or refuse the adapter."""
         try:
-            put(self.rule(original), value)
+            put(self.rule(original))
         except NoPlace as reason:
             raise self._without_place(original, str(reason)) from None
 
@@ -255,20 +255,20 @@ class Places:
         entry = _fitting(name, vector, self.checkpoint.tensors.get(name))
         self._job(name, entry, "added").added += ((vector, self.adapter.weight),)
 
-    def _rows(self, name: str, given: tuple[tuple[int, ...], Tensor]) -> None:
-        entry, (indices, rows) = self._find(name), given
+    def _rows(self, name: str, indices: tuple[int, ...], values: Tensor) -> None:
+        entry = self._find(name)
         if entry is None:
             raise _absent(name)
-        if len(entry.shape) != 2 or tuple(rows.shape) != (len(indices), entry.shape[1]):
-            problem = f"{list(rows.shape)} for {len(indices)} rows of {list(entry.shape)}"
+        if len(entry.shape) != 2 or tuple(values.shape) != (len(indices), entry.shape[1]):
+            problem = f"{list(values.shape)} for {len(indices)} rows of {list(entry.shape)}"
             raise NoPlace(f"'{name}': the adapter's rows are {problem}")
         if not all(0 <= index < entry.shape[0] for index in indices):
             raise NoPlace(f"'{name}' has only {entry.shape[0]} rows")
         if name in self.checkpoint.tensors:
-            self._job(name, entry, "rows").rows += (given,)
+            self._job(name, entry, "rows").rows += ((indices, values),)
             return
         mine = self.jobs[entry.name].rows if entry.name in self.jobs else ()
-        if not any(at == indices and torch.equal(t, rows) for at, t in mine):
+        if not any(at == indices and torch.equal(t, values) for at, t in mine):
             raise NoPlace(f"'{name}' is the same tensor as '{entry.name}', which gets other rows")
 
     # Low-rank updates ---------------------------------------------------------------------------
@@ -293,30 +293,25 @@ class Places:
         site: SiteState,
         matrix: tuple[int, int],
         *,
+        transposed: bool,
         start: int = 0,
-        transposed: bool = False,
-        expert: int | None = None,
-        rows: slice | None = None,
+        number: int = 0,
+        rows: slice = slice(None),
     ) -> None:
-        """Put the update of one matrix, or some of its rows, on the rows of a tensor from `start`.
+        """Put the update of a matrix, or some of its rows, on the rows of a tensor from `start` on.
 
-        `expert` counts the adapted ones. This includes the subtraction of a frozen start.
+        `number` is that of the matrix in A and B. This includes the subtraction of a frozen start.
         """
-        of_all = site.spec
-        spec = replace(of_all, experts=None, only=None, share="", transposed=transposed)
-        spec = replace(spec, weight_shape=matrix)
-        if rows is not None:
-            side = "in_features" if transposed else "out_features"
-            spec = replace(spec, **{side: matrix[0]})  # type: ignore[arg-type]
+        n_out, n_in = matrix[::-1] if transposed else matrix
+        spec = replace(
+            site.spec, in_features=n_in, out_features=n_out, weight_shape=matrix,
+            transposed=transposed, experts=None, only=None, share="",
+        )  # fmt: skip
         patches = []
         for A, B, sign in site.pairs:
-            if expert is None:
-                a, b = A.reshape(-1, spec.in_features), B.reshape(-1, spec.rank)
-            else:
-                a = A[0 if of_all.share == "A" else expert]
-                b = B[0 if of_all.share == "B" else expert]
-            if rows is not None:
-                a, b = (a[:, rows], b) if transposed else (a, b[rows])
+            a = A.reshape(-1, *site.spec.a_shape[-2:])[0 if site.spec.share == "A" else number]
+            b = B.reshape(-1, *site.spec.b_shape[-2:])[0 if site.spec.share == "B" else number]
+            a, b = (a[:, rows], b) if transposed else (a, b[rows])
             patches.append(Patch(spec, a, b, sign * self.adapter.weight))
         variant, gain = VARIANTS[spec.variant], None
         if variant.gained:  # one matrix: sites that cannot have a gain were refused before
@@ -342,11 +337,9 @@ class Places:
         else:
             matrix = matrix_of(shape[1:] if stacked else shape)
             transposed = self.is_transposed(spec, name, matrix)
-        if spec.experts is None:
-            self._put(name, entry, site, matrix, transposed=transposed)
-        for n, e in enumerate(spec.only or range(spec.experts or 0)):
+        for n, e in enumerate(spec.only or range(spec.experts or 1)):
             start = e * matrix[0]
-            self._put(name, entry, site, matrix, start=start, transposed=transposed, expert=n)
+            self._put(name, entry, site, matrix, transposed=transposed, start=start, number=n)
 
     def _in_separate(self, name: str, site: SiteState) -> None:
         """Split an update of stacked experts over the per-expert tensors of the file."""
@@ -372,7 +365,7 @@ class Places:
                 rows = slice(part * height, (part + 1) * height)
                 self._put(
                     other, tensors[other], site, (height, n_cols),
-                    transposed=transposed, expert=n, rows=rows,
+                    transposed=transposed, number=n, rows=rows,
                 )  # fmt: skip
 
     def is_transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool:

@@ -89,9 +89,13 @@ class Float8Stack(StackFormat):
         return parts["codes"].shape[-1]
 
     def values(self, parts: Parts) -> Tensor:  # noqa: D102
-        (high, wide), codes = self.block, parts["codes"]
-        scales = parts["scales"].float().repeat_interleave(high, -2)[..., : codes.shape[-2], :]
-        return codes.float() * scales.repeat_interleave(wide, -1)[..., : codes.shape[-1]]
+        (high, wide), values = self.block, parts["codes"].float()
+        scales = parts["scales"].float().repeat_interleave(high, -2)[..., : values.shape[-2], :]
+        full = values.shape[-1] // wide  # whole blocks, whose scales are not copied to each value
+        blocks = values[..., : full * wide].view(*values.shape[:-1], full, wide)
+        blocks.mul_(scales[..., :full, None])
+        values[..., full * wide :].mul_(scales[..., full:])
+        return values
 
 
 def float4_values(codes: Tensor) -> Tensor:

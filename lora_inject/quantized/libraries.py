@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lora_inject.core.functional.torch_inside import module_calling
@@ -20,7 +19,7 @@ from lora_inject.core.layers.weight_kinds import (
     derives_from,
     is_quantized,
 )
-from lora_inject.private import look_up, needed
+from lora_inject.experts.stack_formats import Float8Stack
 from lora_inject.quantized.plain_layers import (
     Layer,
     LayerKind,
@@ -251,7 +250,6 @@ def _trains(kernel: Any) -> bool:
 # --------------------------------------------------------- linear layers of transformers' own
 
 _FP8 = "transformers.integrations.finegrained_fp8"
-_DEQUANTIZE = "transformers.integrations.finegrained_fp8._dequantize_fp8_weight"
 _KEPT_PACKED = "Load the base within lora_inject.packed_experts(), which keeps "
 
 
@@ -276,17 +274,16 @@ class FineGrained(LayerKind):
         return ours and weight is not None and weight.element_size() == 1
 
     def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """Return codes times scales, by transformers' own function."""
-        dequantize = needed(_DEQUANTIZE, "the values of weights in block FP8")
+        """Return codes times scales."""
         layer: Any = module
-        scales, block = layer.weight_scale_inv, layer.block_size
-        values: Tensor = dequantize(weight, scales, block, torch.float32)
-        return values
+        high, wide = layer.block_size or weight.shape
+        scales = layer.weight_scale_inv.view(-(-weight.shape[0] // high), -1)
+        return Float8Stack((high, wide)).values({"codes": weight, "scales": scales})
 
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
-        """Return why the values are not known."""
-        if verb in OF_VALUES and look_up(_DEQUANTIZE) is None:
-            return Reason(f"this version of transformers has no {_DEQUANTIZE}")
+        """Return why the values are not known: integers are codes of 4 bits, two to a byte."""
+        if verb in OF_VALUES and weight is not None and not weight.is_floating_point():
+            return Reason("it holds 4 bits for each weight, which are not unpacked in memory")
         return super().why_not(verb, module, weight)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill
+from helpers.experts import experts
 from helpers.merging import (
     LLAMA,
     adapter_of,
@@ -19,12 +20,14 @@ from helpers.modules import tree
 from helpers.quantized import quantized
 from helpers.refusals import refused
 from helpers.states import linear, state_of
+from helpers.versions import needs_transformers_5
 from safetensors.torch import save_file
 from torch import nn
 
 import lora_inject as li
 from lora_inject.checkpoint import WeightedAdapter, verify_checkpoint
 from lora_inject.checkpoint.places import Places
+from lora_inject.core.files.safetensors_file import read_header
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -60,6 +63,24 @@ def test_a_tensor_of_another_dtype_is_not_equal(tmp_path: Path) -> None:
     save_file({"fc.weight": delta, "q": torch.ones(4, 4)}, tmp_path / "tuned.safetensors")
     files = (tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
     assert li.extract_adapter(*files, tmp_path / "a", rank=1).left == ("q",)
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "jetmoe"])
+def test_the_difference_of_routers_and_of_biases_of_experts_goes_onto_the_model(
+    family: str, tmp_path: Path
+) -> None:
+    """A router is no linear layer, and no adapter holds low ranks of a bias, whatever its shape."""
+    base, tuned = experts(family)[0], experts(family)[0]
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    li.extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=8, full=True)
+    ids = torch.arange(6)[None]
+    found = li.load_adapter(base, tmp_path / "a")(ids).logits
+    torch.testing.assert_close(found, tuned(ids).logits, rtol=1e-3, atol=1e-4)
 
 
 # Grown ------------------------------------------------------------------------------------------
@@ -130,6 +151,19 @@ def test_what_is_quantized_again_is_held_to_the_formula_before_it_is_rounded(
     monkeypatch.setattr(Places, "is_transposed", lambda *_: True)
     with refused(li.CheckpointError, "verify", "'q.weight'", "formula"):
         merge(base, [state], tmp_path / "wrong", requantize=True)
+
+
+def test_unpacked_tensors_lie_in_the_order_of_their_codes_in_every_process(tmp_path: Path) -> None:
+    """Else verifying in another process finds another header, and a rerun begins anew."""
+    names, tensors = [f"{n}.up" for n in range(8)], {"q.weight": torch.randn(4, 4)}
+    for name in names:
+        codes = torch.randint(0, 256, (1, 4, 1, 16), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": torch.full((1, 4, 1), 120).byte()}
+    config = {"quantization_config": {"quant_method": "mxfp4"}}
+    base = save_checkpoint(tmp_path / "base", tensors, 1, config)
+    merge(base, [state_of(linear("q", 4, 4))], tmp_path / "out", dequantize="bfloat16")
+    header = read_header(tmp_path / "out" / "model.safetensors")
+    assert [name for name in header.tensors if name != "q.weight"] == names
 
 
 def test_a_layer_of_two_names_gets_every_update_and_bias_under_both(tmp_path: Path) -> None:
