@@ -5,18 +5,21 @@ an expert as many tokens. So the first call of a module under `routed` is checke
 
 1. Each layer whose axis was not seen before takes the length that fits for the rows.
 2. The whole batch then runs under each adapter, and each row takes its own from the outputs.
-3. Where both are equal, these layers were seen, and are not asked again.
-4. Where they differ, or a layer has another length, what was computed in 2 is the output.
+3. So does another batch of the same tokens, in which marks on what the layers give stand for the
+   adapters: new ones add nothing yet, and experts that pick tokens may once get one of each row.
+4. Where all is equal, these layers were seen, and are not asked again.
+5. Where it differs, or a layer has another length, what was computed in 2 is the output.
 
-A layer that once had a length that does not follow from the rows is asked each time. So is one of
-which the structure of the model says it: experts that are layers of their own, and what a model of
-transformers puts in the place of some tokens, such as pictures.
+Rows and positions in one axis say another thing where each row is one position, as in decoding:
+that is seen by itself. A layer that once had a length that does not follow from the rows is asked
+each time. So is one of which the structure of the model says it: experts that are layers of their
+own, and what a model of transformers puts in the place of some tokens, such as pictures.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,15 +32,18 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.selection import in_context
+from lora_inject.core.layers.selection import Mix, Selected, in_context
 from lora_inject.core.layers.survey import Survey, evaluating
 from lora_inject.core.roots.root import Root, adapted_modules, root_of
 from lora_inject.core.spec.names import parent
 from lora_inject.errors import LayerError
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
-_FOLLOWED: WeakKeyDictionary[Attached, set[tuple[int, bool]]] = WeakKeyDictionary()
-"""Layers whose first axis was seen to be the rows: for inputs of so many axes, rows or tokens."""
+_Form = tuple[int, bool, bool | None]
+"""Of an input: how many axes it has, whether the first is the rows alone, and whether each row is
+one position; None where it has an axis of positions."""
+_FOLLOWED: WeakKeyDictionary[Attached, set[_Form]] = WeakKeyDictionary()
+"""Layers whose first axis was seen to be the rows, for inputs of these forms."""
 _ASKED: WeakKeyDictionary[Attached, bool] = WeakKeyDictionary()
 """Layers of which no length says anything."""
 _NOTED: WeakKeyDictionary[Root, int] = WeakKeyDictionary()
@@ -51,9 +57,11 @@ class _Call:
     seen: Seen
     module: nn.Module
     given: tuple[Any, Any]
+    copied: bool
     positions: set[int]
+    single: bool  # whether each row is one position
     depth: int = 1  # how often it is in its own forward
-    guessed: set[tuple[Attached, tuple[int, bool]]] = field(default_factory=set)
+    guessed: set[tuple[Attached, _Form]] = field(default_factory=set)
     problem: LayerError | None = None
     misfits: set[Attached] = field(default_factory=set)
 
@@ -99,7 +107,9 @@ class Seen:
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
-        self.keeps = True  # whether a copy of what the next call gets is kept
+        # Whether the last call asked nothing, where each row is one position and where it is not:
+        # what the next one gets is then not copied.
+        self.quiet: set[bool] = set()
 
     # ------------------------------------------------------------------------------ asked by layers
 
@@ -111,7 +121,8 @@ class Seen:
         whole = self._has_rows(x)
         if whole and x.dim() > 2:
             call.positions.add(x.shape[1:-1].numel())
-        form = (x.dim(), whole)
+        in_one_axis = x.dim() < (3 if x.is_floating_point() else 2)
+        form = (x.dim(), whole, call.single if in_one_axis else None)
         if attached in _ASKED:
             self.cannot(layer, self.rows.misfit(layer, x))
             return False
@@ -124,7 +135,7 @@ class Seen:
         call = _OPEN.get()
         if call is not None:
             return n in call.positions or n / self.rows.repeat in call.positions
-        followed = any(not whole for _, whole in _FOLLOWED.get(layer._lora, ()))
+        followed = any(not whole for _, whole, _ in _FOLLOWED.get(layer._lora, ()))
         return followed or hasattr(layer, "_is_expert_parallel")  # a stack, by transformers
 
     def cannot(self, layer: Any, problem: LayerError) -> None:
@@ -159,8 +170,10 @@ class Seen:
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a call."""
         if self._selection.current() is self.rows:
-            given = _copied((args, kwargs)) if self._keeps() else (args, kwargs)
-            _OPEN.set(_Call(self, module, given, self._positions(given)))
+            positions = self._positions((args, kwargs))
+            copied = self._copies(single := 1 in positions)
+            given = _copied((args, kwargs)) if copied else (args, kwargs)
+            _OPEN.set(_Call(self, module, given, copied, positions, single))
 
     def end(self, call: _Call, output: Any) -> Any:
         """End a call, and return what takes the place of its output; None for nothing."""
@@ -168,14 +181,18 @@ class Seen:
         if not tensors or any(t.is_meta for t in tensors):  # it has raised, or there are no values
             return None
         if not (call.guessed or call.problem):
-            self.keeps = False
+            self.quiet.add(call.single)
             return None
         return self._checked(call, output)
 
-    def _keeps(self) -> bool:
+    def _copies(self, single: bool) -> bool:
         """Return whether a call may have to run again. A long cache is not copied for nothing."""
-        seen = (at in _FOLLOWED and at not in _ASKED for at in self._carrying)
-        return self.keeps and not all(seen)
+
+        def is_seen(attached: Attached) -> bool:
+            known = {each for *_, each in _FOLLOWED.get(attached, ())}
+            return attached not in _ASKED and (known == {None} or single in known)
+
+        return single not in self.quiet and not all(map(is_seen, self._carrying))
 
     def _positions(self, given: Any) -> set[int]:
         """Return how many positions a row may have, by the tensors of a batch."""
@@ -184,12 +201,12 @@ class Seen:
 
     def _checked(self, call: _Call, output: Any) -> Any:
         """Return what takes the place of a call's output; None if it is right."""
-        kept, self.keeps = self.keeps, True
-        if not kept and not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(call.given)):
+        self.quiet.discard(call.single)
+        if not call.copied and not all(isinstance(x, _PLAIN) for x in tree_leaves(call.given)):
             self._raise(call, "the cache of the call has changed")
 
-        def run(which: Any) -> Any:
-            args, kwargs = _copied(call.given)
+        def run(which: Any, given: Any = call.given) -> Any:
+            args, kwargs = _copied(given)
             with in_context({self._selection: which}):
                 return call.module(*args, **kwargs)
 
@@ -197,7 +214,8 @@ class Seen:
             with torch.no_grad(), evaluating(call.module) as changed:
                 together = run(self.rows) if changed else output
                 adapted = [(row, mix) for row, mix in self.rows.mixes.items() if row]
-                if all(self._has(together, row, run(mix)) for row, mix in adapted):
+                alike = all(self._has(together, row, run(mix)) for row, mix in adapted)
+                if alike and self._marks_stay(call, run):
                     for attached, form in call.guessed:
                         _FOLLOWED.setdefault(attached, set()).add(form)
                     return None
@@ -205,6 +223,27 @@ class Seen:
         for attached in call.misfits:
             _ASKED[attached] = True
         return made
+
+    def _marks_stay(self, call: _Call, run: Any) -> bool:
+        """Whether the rows of another batch, if the module takes it, have their own marks alone."""
+        for given in (tree_map(self._other, call.given), call.given):
+            try:
+                together = run(_Marked(self.rows), given)
+                alone = {row: run(_Marked(self.rows, row), given) for row in self.rows.mixes}
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # noqa: BLE001, S112 - the module refuses such rows
+                continue
+            return call.problem is None and all(
+                self._has(together, row, each) for row, each in alone.items()
+            )
+        return True
+
+    def _other(self, leaf: Any) -> Any:
+        """Return the same tokens half a row later, the last of a row in the next row."""
+        if not self._has_rows(leaf) or leaf.dim() < 2:
+            return leaf
+        return leaf.flatten(0, 1).roll((leaf.shape[1] + 1) // 2, 0).view_as(leaf)
 
     def _has(self, together: Any, row: Any, alone: Any) -> bool:
         """Return whether the rows of one mix are what it gives alone."""
@@ -266,6 +305,46 @@ class Seen:
         problem = f"rows cannot be told apart in all layers, and {why}"
         remedy = "Leave layers that do not get the rows first out of the adapters"
         raise LayerError(asked, problem, remedy)
+
+
+class _Marked(Selected):
+    """Rows, or all rows as one of them, that have marks in the place of adapters.
+
+    Args:
+        rows: Who takes part.
+        only: The only row.
+    """
+
+    def __init__(self, rows: Any, only: Any = None) -> None:
+        self.rows, self.names = rows, rows.names
+        numbers = {row: number for number, row in enumerate(rows.mixes, 1)}
+        self.marks = [numbers[row] for row in (rows.rows if only is None else (only,))]
+
+    def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a layer without adapters, and mark what it gives for each row."""
+        made = layer._lora_mixed(Mix(), args, kwargs)
+        if not self.rows.taking(layer).entries:
+            return made
+        first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        if len(self.marks) > 1 and self.rows.rows_first(layer, first) is None:
+            return made
+        return tree_map(self._marked, made)
+
+    def read(
+        self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
+    ) -> Any:
+        """Return the plain parameter."""
+        del layer, param, entries, outside
+        return raw
+
+    def _marked(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or not leaf.is_floating_point():
+            return leaf
+        axis = torch.arange(1, leaf.shape[-1] + 1 if leaf.dim() > 1 else 2, device=leaf.device)
+        each = torch.tensor(self.marks, device=leaf.device)
+        marks = 1 + 0.5 * torch.outer(each, axis).sin().to(leaf.dtype)
+        split = torch.unflatten(leaf, 0, (len(self.marks), -1))
+        return (split * marks.view(len(marks), *[1] * (split.dim() - 2), -1)).flatten(0, 1)
 
 
 _HOOK: Any = "lora_inject.routed"  # one key, as compiled code looks at it

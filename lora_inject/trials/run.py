@@ -5,15 +5,15 @@ An adapter that is injected becomes the only one that is active and trains; thos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.layers.attached import held_by
 from lora_inject.core.layers.snapshot import all_or_nothing
-from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.layers.weight_kinds import sharded_by
 from lora_inject.core.model.inject import put_config
 from lora_inject.core.model.read_off import adapter_state
@@ -26,27 +26,6 @@ RECENT = 10
 """Steps over which the training loss in the table is averaged."""
 KEPT = ("n_steps", "n_passes", "losses", "pending", "held_out", "stopped")
 """What a file holds of a run besides its tensors and its optimizer's."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a trained tensor of an adapter is."""
-
-    module: nn.Module
-    name: str
-    param: str
-    role: str
-    parameter: nn.Parameter
-
-
-def places_of(model: nn.Module, name: str) -> list[Place]:
-    """Return where the trained tensors of an adapter are."""
-    return [
-        Place(module, flat, entry.param, role, module._parameters[flat])  # type: ignore[arg-type]
-        for _, module, entry in entries(Survey(model), name)
-        for role, flat in entry.names.items()
-        if entry.trains(role)
-    ]
 
 
 class Run:
@@ -65,13 +44,20 @@ class Run:
         stopped: Why it was stopped.
     """
 
-    def __init__(self, trial: Trial, places: Sequence[Place]) -> None:
-        self.trial, self._places = trial, places
-        self.sites = frozenset((place.module, place.param, place.role) for place in places)
+    def __init__(self, trial: Trial, carried: Iterable[Carried]) -> None:
+        self.trial = trial
+        self._held: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        sites, of_B = set(), dict[nn.Parameter, None]()
+        for _, module, entry in carried:
+            for role, flat in entry.names.items():
+                if entry.trains(role):
+                    parameter = self._held[module, flat] = held_by(module)[flat]
+                    sites.add((module, entry.param, role))
+                    of_B |= {parameter: None} if role == "B" else {}
+        self.sites = frozenset(sites)
         # By identity: the copy of a tied tensor is at each of its places.
-        self.parameters = [*dict.fromkeys(place.parameter for place in places)]
+        self.parameters = [*dict.fromkeys(self._held.values())]
         self._kinds = [(p.dtype, p.device) for p in self.parameters]
-        of_B = dict.fromkeys(place.parameter for place in places if place.role == "B")
         rest = [p for p in self.parameters if p not in of_B]
         groups = ((rest, 1.0), ([*of_B], trial.b_lr_ratio))
         self.optimizer = torch.optim.AdamW(
@@ -94,10 +80,8 @@ class Run:
     def changed(self) -> tuple[str, str] | None:
         """Return what has become of the tensors, and what to do; None if they are as they were."""
         now = [(p.dtype, p.device) for p in self.parameters]
-        held = all(
-            place.module._parameters.get(place.name) is place.parameter for place in self._places
-        )
-        if now != self._kinds or not held:
+        there = all(module._parameters.get(at) is p for (module, at), p in self._held.items())
+        if now != self._kinds or not there:
             problem = "its tensors were moved, cast or sharded since the trials were made"
             return problem, "Do that before, or save the trials and resume on that model"
         if not all(p.requires_grad for p in self.parameters):
@@ -182,8 +166,8 @@ def put_on(
     beside: Iterable[str],
     *,
     leave_new: bool,
-) -> dict[str, list[Place]]:
-    """Inject the adapters of trials, and return where their tensors are.
+) -> dict[str, Run]:
+    """Inject the adapters of trials, and return their runs.
 
     They train, and so do the running trials `beside` them.
 
@@ -204,12 +188,13 @@ def put_on(
                     torch.manual_seed(trial.seed)
                     put_config(model, trial.config, name, leave_new=leave_new, alone=False)
             _refuse_dropout(model, trials)
-            places = {name: places_of(model, name) for name in trials}
+            survey = Survey(model)
+            runs = {name: Run(trial, entries(survey, name)) for name, trial in trials.items()}
             train_only(model, [*beside, *trials])
     finally:
         for parameter, grad in grads:
             parameter.grad = grad
-    return places
+    return runs
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -172,8 +172,7 @@ class Trials:
         for name, trial in trials.items():
             check_type(f"trial {name!r}", trial, Trial, "Give Trial(config, lr=1e-3)")
         self._check_unchanged(self.running)
-        places = put_on(self.model, trials, self.running, leave_new=self.leave_new)
-        self._runs |= {name: Run(trial, places[name]) for name, trial in trials.items()}
+        self._runs |= put_on(self.model, trials, self.running, leave_new=self.leave_new)
         # Forwards are seen anew: there are other adapters.
         self._passes = Passes(self.model, self._runs, self.max_tokens)
 

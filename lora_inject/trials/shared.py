@@ -327,7 +327,9 @@ class Passes:
         rows.
         """
         others = {other: batch for other, batch in some.items() if other != name}
-        beside = {other: tree_map(_one_token, batch) for other, batch in others.items()}
+        beside = {
+            n: tree_map(_one_token, batch, some[next(iter(others))]) for n, batch in others.items()
+        }
         moved = [p for other in others for p in self.runs[other].parameters]
         for mine, theirs in (
             (tree_map(_half, some[name]), beside), (some[name], beside), (some[name], others),
@@ -379,11 +381,11 @@ def _half(leaf: Any) -> Any:
     return short
 
 
-def _one_token(leaf: Any) -> Any:
-    """Return rows that are all the first token, or numbers of the other sign."""
+def _one_token(leaf: Any, other: Any) -> Any:
+    """Return rows that are all the first token of others, or numbers of the other sign."""
     if not isinstance(leaf, Tensor) or not leaf.dim():
         return leaf
-    first = leaf[(slice(1),) * min(leaf.dim(), 2)].expand_as(leaf)
+    first = other[(slice(1),) * min(leaf.dim(), 2)].expand_as(leaf)
     return first * -0.5 if leaf.is_floating_point() else first.clone()
 
 

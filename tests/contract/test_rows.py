@@ -9,6 +9,7 @@ import torch
 from conftest import TOLERANCE, error, fill, same_bits
 from helpers.architectures import ARCHITECTURES
 from helpers.experts import experts
+from helpers.modules import Picking, of_signs
 from helpers.reference import config
 from helpers.refusals import refused
 from torch import Tensor, nn
@@ -487,21 +488,38 @@ ELSEWHERE: dict[str, tuple[Callable[[], Any], list[str], Any]] = {
 }  # fmt: skip
 
 
-def of_two(model: nn.Module, *targets: Any) -> nn.Module:
+def of_two(model: nn.Module, *targets: Any, before: Any = None) -> nn.Module:
+    """Two adapters, and what is routed to them before they are trained."""
     for name in ("one", "two"):
-        fill(li.inject(model, config(*targets), name), name)
-    return model
+        li.inject(model, config(*targets), name)
+    if before is not None:
+        with li.routed(model, ["one", None, "two"]):
+            model(before)
+    return fill(fill(model, "one"), "two")
 
 
 @pytest.mark.recent
 @pytest.mark.parametrize("case", ELSEWHERE)
 def test_what_takes_no_rows_computes_each_row_as_alone(case: str) -> None:
-    """Also a second time, when what was seen of the layers is known."""
+    """Also a second time, when what was seen of the layers is known.
+
+    Of new adapters, which add nothing yet, nothing is seen.
+    """
     make, targets, x = ELSEWHERE[case]
     torch.manual_seed(0)
-    model = of_two(make().double().eval(), *targets)
+    model = of_two(make().double().eval(), *targets, before=x)
     for given in (x, x.flip(0), x):
         check_each_alone(model, ["one", None, "two"], lambda rows, x=given: model(x[rows]))
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize("batches", [("+ +", "- -", "++ --"), ("+- -+", "++ --")])
+def test_tokens_that_an_expert_picks_are_those_of_their_rows(batches: tuple[str, ...]) -> None:
+    """Each time as many as there are rows, at first one of each."""
+    model = of_two(Picking(), r"experts\.\d")
+    for seed, signs in enumerate(batches):
+        x = of_signs(signs, seed)
+        check_each_alone(model, ["one", "two"], lambda rows, x=x: model(x[rows]))
 
 
 def test_a_row_s_pictures_go_through_its_own_adapter() -> None:

@@ -11,6 +11,7 @@ import torch
 from helpers.architectures import ARCHITECTURES
 from helpers.experts import TURNED, expert_rule, experts
 from helpers.models import tiny, tiny_llama
+from helpers.modules import Picking, of_signs
 from helpers.refusals import refused
 from helpers.trials import (
     BERT_TRIALS,
@@ -447,32 +448,6 @@ def test_each_trial_equals_a_plain_loop(run: str) -> None:
 
 def test_a_resumed_run_has_no_step_of_what_was_left_out(tmp_path: Path) -> None:
     hold(RUNS["layers that a step leaves out"], 3, tmp_path)
-
-
-class Picking(nn.Module):
-    """Experts that get the tokens whose first feature has their sign."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.experts = nn.ModuleList(nn.Linear(4, 4).double() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, 1)
-        out, chosen = torch.zeros_like(flat), (flat[:, 0] > 0).long()
-        for number, expert in enumerate(self.experts):
-            here = (chosen == number).nonzero()[:, 0]
-            if len(here):
-                out = out.index_add(0, here, expert(flat[here]))
-        return out.view_as(x)
-
-
-def of_signs(signs: str, seed: int) -> Tensor:
-    """One row for each word, one token for each sign."""
-    words = signs.split()
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(len(words), len(words[0]), 4, generator=generator).double() + 0.1
-    return x * torch.tensor([[[1.0 if s == "+" else -1.0] for s in word] for word in words])
 
 
 @pytest.mark.filterwarnings("ignore:trials run in turn")
