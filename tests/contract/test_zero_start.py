@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import same_bits
+from helpers.versions import needs_transformers_5
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -69,6 +70,7 @@ def check(plain: nn.Module, targets: list[Any], run: Callable[[Any], list[Tensor
     assert li.adapters(model)["default"].idle == (), "each site takes part"
 
 
+@needs_transformers_5  # for which the zoo builds its models
 @pytest.mark.filterwarnings("ignore")  # transformers' of configs as small as these
 @pytest.mark.parametrize("model_type", ["fsmt", "longformer", "siglip_vision_model", "gpt2"])
 def test_a_model_of_transformers_starts_with_its_own_operations(model_type: str) -> None:
