@@ -12,7 +12,7 @@ from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint, read_config
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
-from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.files.strict_json import parse_table
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.clients import Objection, objections
 from lora_inject.formats.exchange import losses_of, read_adapter, write_adapter
@@ -93,7 +93,7 @@ def _completed(facts: ModelFacts, path: Path) -> ModelFacts:
     file = path / "adapter_config.json"
     if not file.is_file():
         return facts
-    said = read_json(file, f"read '{file}'")
+    said = parse_table(file.read_bytes(), f"read '{file}'")
     base, task = (
         field if isinstance(field := said.get(name), str) else None
         for name in ("base_model_name_or_path", "task_type")

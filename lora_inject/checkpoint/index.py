@@ -21,7 +21,7 @@ from lora_inject.checkpoint.packed import Packed
 from lora_inject.core.adapter.fingerprint import sample_positions
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, Header, TensorEntry, read_header
-from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.files.strict_json import parse_table, read_json
 from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.model_facts import ModelFacts
@@ -163,10 +163,7 @@ def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
     if not os.path.lexists(path):
         return {}
     real = resolve_inside(folder, name)  # a dangling link, a folder and a FIFO are refused there
-    config = read_json(real, f"read '{real.name}'", CheckpointError)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"read '{path}'", "it is not a JSON object", "Fetch it again")
-    return config
+    return parse_table(real.read_bytes(), f"read '{path}'", CheckpointError)
 
 
 def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:

@@ -22,7 +22,7 @@ from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.files.tensors import bytes_of
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.errors import CheckpointError, user_path
@@ -87,8 +87,9 @@ def read_weighted(
     facts = base.facts
     config_file = path / "adapter_config.json"
     if config_file.is_file():
-        said = read_json(config_file, f"read adapter '{path}', {config_file.name}")
-        if isinstance(said, dict) and said.get("target_parameters"):  # building a class is slow
+        asked = f"read adapter '{path}', {config_file.name}"
+        if parse_table(config_file.read_bytes(), asked).get("target_parameters"):
+            # Building a class is slow.
             facts = BaseClass(base).facts(bare=True)
     state = read_adapter(path, facts=facts, **options)
     return WeightedAdapter(state, weight, str(path))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from typing import Any
 from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import one_line
-from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.files.tensors import is_safetensors, read_tensors
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.names import leaf, nearest, parent
 from lora_inject.errors import FormatError, within
-from lora_inject.formats import diffusers, mlx
+from lora_inject.formats import mlx, pipelines
 from lora_inject.formats.exchange import detected
 from lora_inject.formats.format import Files
 from lora_inject.formats.gguf_file import FAMILIES, content
@@ -37,10 +37,10 @@ from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields, read_field
 from lora_inject.formats.peft.folder import CONFIG, CONFIG_KEY, MODEL
 from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.formats.single_experts import (
+    as_single_experts,
     block_and_part,
-    is_shared_layout,
+    has_server_stacks,
     missing_matrices,
-    of_one,
 )
 
 CONVERT = "Write it with `lora-inject convert --to "
@@ -56,7 +56,7 @@ _COMFYUI_LACKS = re.compile(
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Models whose stacks of experts vLLM adapts as PEFT stacks them (`is_3d_moe_weight`).
 VLLM_STACKS = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
-_FILES = {"peft": MODEL, "mlx": mlx.FILE, "diffusers": diffusers.FILE}
+_FILES = {"peft": MODEL, "mlx": mlx.FILE, "diffusers": pipelines.FILE}
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,12 @@ class Checked:
         layout: The name of the format.
         tensors: The tensors by their keys, and `metadata` beside them.
         config: The config of PEFT's or mlx-lm's folder, and its `fields` if it is LoRA's.
-        pairs: For such folders the shapes of A and B by module, with None for a missing one; of a
-            stack `experts.w1` with shared factors those of one expert.
+        pairs: For such folders the shapes of A and B by module, with None for a missing one; those
+            of each expert for servers' stacks.
         others: The names of all other tensors there.
-        shared: Whether there are such stacks.
+        shared: Whether there are stacks `experts.w1` with shared factors.
+        said: The rank and the alpha of each module by the config, with PEFT's defaults.
+        ranks: Rank of each complete pair by its tensors; for a stack that of one expert.
         modules: The names of the base's modules, None if they are not known.
         base: The config of the base's language model, with all defaults.
         kind: The base's `model_type`, which servers go by.
@@ -98,7 +100,7 @@ class Checked:
 
     def __init__(self, path: Path, facts: ModelFacts) -> None:
         self.layout, self.path = detected(path), Files(path).path
-        self.modules = _modules(facts)
+        self.modules = facts.modules_in_files()
         self.base = facts.text_config("") if facts.config else {}
         self.kind = (facts.config or {}).get("model_type")
         self.unfit = facts.unfit or (lambda _: "")
@@ -106,16 +108,28 @@ class Checked:
         self.fields = LoraFields()
         with within(f"check '{path}'"):
             self._read()
-        shapes: dict[str, list[Shape]] = {}
-        self.others = []
-        for key, tensor in self.tensors.items() if self.config else ():
+            self.shared = has_server_stacks(self.tensors)
+            single = as_single_experts(self.tensors, self.config) if self.config else {}
+            self._sort(single)
+
+    def _sort(self, tensors: Mapping[str, Tensor]) -> None:
+        self.pairs: dict[str, list[Shape]] = {}
+        self.others: list[str] = []
+        for key, tensor in tensors.items():
             if match := _PAIR.fullmatch(key.removeprefix(PREFIX)):
                 of_b = match[2] in "Bb"
-                shapes.setdefault(match[1], [None, None])[of_b] = tuple(tensor.shape)
+                self.pairs.setdefault(match[1], [None, None])[of_b] = tuple(tensor.shape)
             else:
                 self.others.append(key.removeprefix(PREFIX))
-        self.pairs = {name: of_one(name, a, b) for name, (a, b) in shapes.items()}
-        self.shared = is_shared_layout(self.tensors)
+        self.rank, self.alpha = self.fields.r or 8, self.fields.lora_alpha or 8
+        numbers = self.fields.numbers(self.pairs).items()
+        self.said = {n: (rank or self.rank, alpha or self.alpha) for n, (rank, alpha) in numbers}
+        self.ranks = {n: self._rank(n, a[0]) for n, (a, b) in self.pairs.items() if a and b}
+
+    def _rank(self, name: str, rank: int) -> int:
+        """Return the rank of a pair whose A has so many rows: several times its own in a stack."""
+        said, _ = self.said[name]
+        return said if self.fields.target_parameters and rank % said == 0 else rank
 
     def _read(self) -> None:
         is_folder = self.layout in ("peft", "mlx")
@@ -124,9 +138,7 @@ class Checked:
             if not each.is_file():
                 raise FormatError("", f"there is no {each.name} in it", "Give the whole folder")
         if is_folder:
-            self.config = read_json(self.path / CONFIG, CONFIG)
-            if not isinstance(self.config, dict):
-                raise FormatError(CONFIG, "it is not a table of fields", "Fetch it again")
+            self.config = parse_table((self.path / CONFIG).read_bytes(), CONFIG)
         if self.config.get("peft_type") == "LORA":
             self.fields = read_fields(self.config, CONFIG, allow={*self.config})
         self.tensors: Mapping[str, Tensor] = {}
@@ -135,28 +147,6 @@ class Checked:
             self.tensors = content(file)[1]
         elif is_safetensors(file):
             self.tensors, self.metadata = read_tensors(file)
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank of each complete pair by its tensors; for a stack that of one expert."""
-        ranks = {name: a[0] for name, (a, b) in self.pairs.items() if a and b}
-        if not self.fields.target_parameters:
-            return ranks
-        said = self.said_ranks(ranks)
-        return {n: said[n] if rank % said[n] == 0 else rank for n, rank in ranks.items()}
-
-    @property
-    def rank(self) -> int:
-        """The rank that the config says for all, or PEFT's default."""
-        return self.fields.r or 8
-
-    def said_ranks(self, names: Collection[str]) -> dict[str, int]:
-        """The rank that the config says for each module."""
-        return {n: rank or self.rank for n, (rank, _) in self.fields.numbers(names).items()}
-
-    def scale(self, rank: float, *, rslora: bool = True) -> float:
-        """Return the scale by the one `lora_alpha`, with `use_rslora` if the program knows it."""
-        return (self.fields.lora_alpha or 8) / (self.fields.divisor(rank) if rslora else rank)
 
 
 def objections(path: Path, client: str, facts: ModelFacts) -> list[Objection]:
@@ -172,15 +162,6 @@ def objections(path: Path, client: str, facts: ModelFacts) -> list[Objection]:
     remedy = "Its training diverged; take an earlier checkpoint of the adapter"
     damaged = _about(bad, "NaN or Inf, which makes all outputs NaN, is in {}", remedy)
     return sorted([*damaged, *CLIENTS[client](files)], key=lambda objection: not objection.stops)
-
-
-def _modules(facts: ModelFacts) -> Collection[str] | None:
-    """Return the names of a base's modules, and those of single experts in its files."""
-    if facts.module_names is None or facts.separate is None:
-        return facts.module_names
-    stacks = [name for name in facts.tensor_names or () if leaf(parent(name)) == "experts"]
-    parts = (part for stack in stacks for parts in facts.separate(stack) for part in parts)
-    return {*facts.module_names, *(part.removesuffix(".weight") for part in parts)}
 
 
 # What several programs have in common -------------------------------------------------------------
@@ -205,14 +186,17 @@ def _about(
         yield Objection(problem.replace("{}", one_line(listed, n)), fix, stops)
 
 
-def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
+def _of_peft(client: str, methods: Mapping[str, str], own: Rules, also: str = "") -> Rules:
     """Return the rules of a program that reads LoRA in PEFT folders; `own` are rules of its own.
 
-    `methods` are the fields of the config that it refuses, with their meaning.
+    `methods` are the fields of the config that it refuses, with their meaning. `also` is a format
+    that it reads as it is.
     """
 
     def rules(files: Checked) -> Objections:
         kind = files.config.get("peft_type")
+        if files.layout == also:
+            return
         if files.layout != "peft":
             problem = f"{client} reads PEFT folders, and this has the format '{files.layout}'"
             yield Objection(problem, PORTABLE)
@@ -240,7 +224,7 @@ def _names(files: Checked) -> Objections:
     """Find modules that the base lacks: their updates would be ignored silently."""
     known = set(files.modules or ())
     bare = (
-        re.sub(r"\.experts\.(\d+\..+|w[123])", ".experts", name.removesuffix(".base_layer"))
+        re.sub(r"\.experts\.\d+\..+", ".experts", name.removesuffix(".base_layer"))
         for name in files.pairs
     )
     whole = (name for name, own in zip(bare, files.pairs, strict=True) if own not in known)
@@ -255,8 +239,7 @@ def _scaled(
     files: Checked, client: str, scale: Callable[[int], float], fix: str = PORTABLE
 ) -> Objections:
     """Compare the scale that a program applies with PEFT's."""
-    numbers = files.fields.numbers(files.ranks)
-    due = {n: (numbers[n][1] or 8) / files.fields.divisor(r) for n, r in files.ranks.items()}
+    due = {n: files.said[n][1] / files.fields.divisor(r) for n, r in files.ranks.items()}
     wrong = (
         f"{name} ({scale(rank):.4g} for {due[name]:.4g})"
         for name, rank in files.ranks.items()
@@ -271,13 +254,13 @@ def _full(files: Checked, client: str, does: str, allowed: tuple[str, ...] = ("\
 
 
 def _stacks(files: Checked, client: str, fix: str) -> Objections:
-    stacks = (n for n in files.pairs if re.search(r"\.experts(\.base_layer|\.w[123])?$", n))
+    stacks = (n for n in files.pairs if re.search(r"\.experts(\.base_layer)?$", n))
     return _about(stacks, f"{client} refuses stacks of experts: {{}}", fix)
 
 
-def _no_shared_stacks(files: Checked, client: str) -> Objections:
+def _no_shared_stacks(files: Checked, client: str, fix: str = PORTABLE) -> Objections:
     if files.shared:
-        yield Objection(f"{client} ignores stacks of experts named w1, w2 and w3", PORTABLE)
+        yield Objection(f"{client} does not know stacks of experts named w1, w2 and w3", fix)
 
 
 # One function for each program --------------------------------------------------------------------
@@ -331,7 +314,7 @@ def _forms_of_experts(files: Checked, has_stacks: bool) -> Objections:
         problem = f"vLLM refuses stacks of experts for the model_type {kind!r}, or ignores them"
         yield Objection(problem, singly)
     single = [name for name in files.pairs if block_and_part(name)]
-    if kind in VLLM_STACKS:
+    if kind in VLLM_STACKS and not files.shared:
         problem = f"vLLM has stacks of experts for the model_type {kind!r}, and refuses {{}}"
         yield from _about(single, problem, "Write it in PEFT's format (--to peft)")
 
@@ -348,8 +331,7 @@ def _ranks_in_vllm(largest: int) -> Objections:
 
 def _sglang(files: Checked) -> Objections:
     yield from _full(files, "SGLang", "ignores")
-    scale = files.scale(files.rank, rslora=False)
-    yield from _scaled(files, "SGLang", lambda _: scale)
+    yield from _scaled(files, "SGLang", lambda _: files.alpha / files.rank)
     targets = files.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
         yield Objection("SGLang reads 'target_modules' as a list, and it is a regex", PORTABLE)
@@ -389,8 +371,9 @@ def _llama_cpp(files: Checked) -> Objections:
     stray = (k for k in files.others if k not in norms and not k.endswith(".base_layer.weight"))
     yield from _about(stray, "llama.cpp's converter stops at {}", MERGE)
     yield from _stacks(files, "llama.cpp's converter", MERGE)
+    yield from _no_shared_stacks(files, "llama.cpp's converter", MERGE)
     fix = f"{CONVERT}gguf --base BASE`"
-    yield from _scaled(files, "llama.cpp", lambda rank: files.scale(rank, rslora=False), fix)
+    yield from _scaled(files, "llama.cpp", lambda rank: files.alpha / rank, fix)
     tied = files.base.get("tie_word_embeddings")
     if tied and {"lm_head", "model.embed_tokens"} & files.pairs.keys():
         yield Objection("llama.cpp holds a tied head and embedding as one tensor", MERGE)
@@ -416,7 +399,7 @@ def _peft(files: Checked) -> Objections:
     modules = (n for n in files.pairs if n not in parameters and not n.endswith(".base_layer"))
     yield from _unfit(files, modules, "PEFT")
     if not files.fields.target_parameters:
-        due = files.said_ranks(files.ranks)
+        due = {name: rank for name, (rank, _) in files.said.items()}
         wrong = (f"{n} ({r} for {due[n]})" for n, r in files.ranks.items() if r != due[n])
         yield from _about(wrong, "the ranks of tensors and config differ: {}", PORTABLE)
 
@@ -477,15 +460,10 @@ def _mlx(files: Checked) -> Objections:
         yield from _names(files)
 
 
-def _gguf_or(rules: Rules) -> Rules:
-    """Return the rules of a program that reads GGUF files, and folders after conversion."""
-    return lambda files: iter(()) if files.layout == "gguf" else rules(files)
-
-
 CLIENTS: Mapping[str, Rules] = {
     "vllm": _of_peft("vLLM", _ALL, _vllm),
     "sglang": _of_peft("SGLang", _ALL, _sglang),
-    "llama.cpp": _gguf_or(_of_peft("llama.cpp", _METHODS, _llama_cpp)),
+    "llama.cpp": _of_peft("llama.cpp", _METHODS, _llama_cpp, also="gguf"),
     "diffusers": _diffusers,
     "mlx": _mlx,
     "comfyui": _comfyui,

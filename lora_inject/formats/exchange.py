@@ -25,18 +25,9 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_directory, write_file
 from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, check_type, user_path, within
-from lora_inject.formats import (
-    diffusers,
-    gguf_file,
-    kohya,
-    litgpt,
-    loralib,
-    mlx,
-    servers,
-    torchtune,
-)
+from lora_inject.formats import gguf_file, litgpt, loralib, mlx, pipelines, servers, torchtune
 from lora_inject.formats.format import SAFE, Files, Format
-from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.model_facts import ModelFacts, Stated
 from lora_inject.formats.peft import folder
 
 DEFAULT = "peft"
@@ -73,9 +64,15 @@ FORMATS: dict[str, Format] = {
     # A file of llama.cpp.
     "gguf": Format(gguf_file.write, gguf_file.read, gguf_file.detects, True, (".gguf",)),
     # One file of sd-scripts, LyCORIS, ComfyUI.
-    "kohya": Format(kohya.write, kohya.read, kohya.detects, True, SAFE),
+    "kohya": Format(pipelines.write_kohya, pipelines.read_kohya, pipelines.is_kohya, True, SAFE),
     # One file of a pipeline, or the folder that holds it.
-    "diffusers": Format(diffusers.write, diffusers.read, diffusers.detects, True, by_peft=True),
+    "diffusers": Format(
+        pipelines.write_diffusers,
+        pipelines.read_diffusers,
+        pipelines.is_of_diffusers,
+        True,
+        by_peft=True,
+    ),
     # Microsoft's state dict.
     "loralib": Format(
         loralib.write,
@@ -152,7 +149,7 @@ def write_adapter(
     path: str | os.PathLike[str],
     format: str | None = None,  # noqa: A002
     *,
-    facts: Any = None,
+    facts: Stated = None,
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
@@ -191,12 +188,12 @@ def write_adapter(
     with within(f"write {format} adapter to '{path}'"):
         if row.write is None:
             raise FormatError("", "files of this format are only read", 'Give format="peft"')
-        facts, own = _arguments(row, row.write, facts, options)
+        known, own = _arguments(row, row.write, facts, options)
         target = completed(target, row)
         _checked(state).check_finite("", FormatError)
         if format != "native":
             state = with_every_expert(state)
-        content = row.write(state, target, facts, **own)
+        content = row.write(state, target, known, **own)
         remedy = "Return the bytes of the file, or of each file by its name"
         check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
     if isinstance(content, bytes):
@@ -226,7 +223,7 @@ def read_adapter(
     path: str | os.PathLike[str],
     format: str | None = None,  # noqa: A002
     *,
-    facts: Any = None,
+    facts: Stated = None,
     **options: Any,
 ) -> AdapterState:
     """Read an adapter from files.
@@ -252,9 +249,9 @@ def read_adapter(
         format = detected(place)  # noqa: A001
     row = format_of(format, f"read adapter '{path}'")
     with within(f"read {format} adapter '{path}'"):
-        facts, own = _arguments(row, row.read, facts, options)
+        known, own = _arguments(row, row.read, facts, options)
         place = place if row.endings else Files(place).path
-        return replace(_checked(row.read(place, facts, **own)), source=str(path))
+        return replace(_checked(row.read(place, known, **own)), source=str(path))
 
 
 def detected(path: Path) -> str:
@@ -307,7 +304,7 @@ _CALLED_OTHERWISE = {
 
 
 def _arguments(
-    row: Format, function: Callable[..., Any], facts: Any, options: Mapping[str, Any]
+    row: Format, function: Callable[..., Any], facts: Stated, options: Mapping[str, Any]
 ) -> tuple[ModelFacts | None, dict[str, Any]]:
     """Return the facts about the model, with those among the options, and the format's options."""
     if not row.takes_facts and not options:

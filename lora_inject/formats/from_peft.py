@@ -15,7 +15,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lora_inject.core.files.strict_json import parse_json
+from torch import nn
+
+from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.names import Below, canonical, leaf, nearest
@@ -24,20 +26,15 @@ from lora_inject.core.spec.reading import read_text
 from lora_inject.core.spec.resolve import linear_layers
 from lora_inject.errors import ConfigError, FormatError, user_path
 from lora_inject.formats.model_facts import expert_names
-from lora_inject.formats.peft.fields import LoraFields, read_fields, whole
+from lora_inject.formats.peft.fields import HEADS, LoraFields, read_fields, whole
 
 _INITS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""Task to the names that PEFT adds to modules_to_save (peft_model.py)."""
-
 _ALL = "all-linear"
 
 
-def from_peft(config: Any, *, inventory: Inventory | None = None, model: Any = None) -> Config:
+def from_peft(
+    config: Any, *, inventory: Inventory | None = None, model: nn.Module | None = None
+) -> Config:
     """Translate a `LoraConfig`, field by field; PEFT is not imported.
 
     Fields about training or files are ignored. A name in `target_modules` that the model does not
@@ -62,7 +59,7 @@ def from_peft(config: Any, *, inventory: Inventory | None = None, model: Any = N
     if not lora.target_modules and not lora.target_parameters:
         problem = "it is missing: PEFT has a list of names for each type of model"
         raise _error(asked, "target_modules", problem, "Give target_modules, such as 'all-linear'")
-    heads = _HEADS.get(lora.task_type or "", ())
+    heads = HEADS.get(lora.task_type or "", ())
     saved = [re.escape(name) for name in lora.modules_to_save if name not in heads]
     # A model has one of several heads.
     saved += [f"({'|'.join(heads)})"] if len(heads) > 1 else heads
@@ -92,7 +89,9 @@ def from_peft(config: Any, *, inventory: Inventory | None = None, model: Any = N
     return Config.from_dict(ours)
 
 
-def config_of(config: Any, inventory: Inventory | None = None, model: Any = None) -> Config:
+def config_of(
+    config: Any, inventory: Inventory | None = None, model: nn.Module | None = None
+) -> Config:
     """Return a `Config`, a dict, the path of a YAML file or a `LoraConfig` as a `Config`.
 
     The other arguments are those of `from_peft`.
@@ -131,10 +130,7 @@ def _plain_data(config: Any) -> tuple[str, dict[str, Any]]:
 def _data_in(path: Path) -> dict[str, Any]:
     file = path / "adapter_config.json" if path.is_dir() else path
     asked = f"from_peft '{file}'"
-    data = parse_json(read_text(file, asked, "Give an adapter_config.json"), asked, ConfigError)
-    if not isinstance(data, dict):
-        raise ConfigError(asked, "it is not a table of fields", "Check the path")
-    return data
+    return parse_table(read_text(file, asked, "Give an adapter_config.json"), asked, ConfigError)
 
 
 def _error(asked: str, field: str, problem: str, remedy: str) -> ConfigError:
@@ -161,7 +157,9 @@ def _check_saved(train: Iterable[str], inventory: Inventory, asked: str) -> None
                 raise _error(asked, "modules_to_save", problem, "Name the module that it is in")
 
 
-def _tokens(given: Any, inventory: Inventory | None, asked: str) -> dict[str, list[int]]:
+def _tokens(
+    given: list[int] | dict[str, list[int]], inventory: Inventory | None, asked: str
+) -> dict[str, list[int]]:
     if isinstance(given, dict):
         return {re.escape(name): ids for name, ids in given.items()}
     here = [c.name for c in inventory.candidates if c.kind == "embedding"] if inventory else []

@@ -21,8 +21,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder
 from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.pairs import plain_site
-from lora_inject.formats.plain import plain_sites
+from lora_inject.formats.pairs import plain_site, plain_sites
 
 _OUTSIDE = {"model.embed_tokens": "token_embd", "lm_head": "output"}
 _NAMES = {

@@ -26,9 +26,8 @@ from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole
 from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import Heads, ModelFacts
-from lora_inject.formats.pairs import plain_site
+from lora_inject.formats.pairs import plain_site, plain_sites
 from lora_inject.formats.pickles import pickled, read_pickle
-from lora_inject.formats.plain import plain_sites
 
 FILE, CONFIG = "lit_model.pth.lora", "hyperparameters.yaml"
 _PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}

@@ -87,7 +87,8 @@ def _task_type(model: nn.Module, model_type: str | None) -> str | None:
     """Return PEFT's task type of a model whose class transformers registers for one task."""
     if model_type is None or "transformers" not in sys.modules:
         return None
-    auto = import_module("transformers.models.auto.modeling_auto")
+    from transformers.models.auto import modeling_auto as auto
+
     classes = {cls.__name__ for cls in type(model).__mro__}
     for table, task in _TASKS.items():
         if getattr(auto, table, {}).get(model_type) in classes:
@@ -95,7 +96,7 @@ def _task_type(model: nn.Module, model_type: str | None) -> str | None:
     return None
 
 
-def _why_unfit(model_type: Any, module: Any, name: str) -> str:
+def _why_unfit(model_type: object, module: nn.Module | None, name: str) -> str:
     """Return why PEFT would refuse, fail or do nothing with an adapter of a module, or ""."""
     if module is None:
         return ""

@@ -20,12 +20,12 @@ from lora_inject.core.adapter.file_keys import check_no_clash, one_line
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import read_tensors, serialize
-from lora_inject.core.spec.names import joined, leaf, parent
+from lora_inject.core.spec.names import leaf, parent
 from lora_inject.core.spec.sites import Slices
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.pairs import plain_site
+from lora_inject.formats.pairs import by_module, plain_site
 from lora_inject.formats.pickles import pickled, read_pickle
 
 PICKLES = (".pt", ".bin", ".pth")
@@ -76,18 +76,13 @@ def read(
         tensors = read_pickle(path, allow=allow_pickle)
     else:
         tensors = read_tensors(path)[0]
-    trained = {k: t for k, t in tensors.items() if leaf(k) not in ("lora_A", "lora_B")}
+    factors = {k: t for k, t in tensors.items() if leaf(k) in ("lora_A", "lora_B")}
+    trained = {k: t for k, t in tensors.items() if k not in factors}
     kind = "conv1d" if fan_in_fan_out else "linear"
     sites: dict[str, SiteState] = {}
-    for name in dict.fromkeys(parent(key) for key in tensors if key not in trained):
+    for name, of in by_module(factors, lambda key: (parent(key), key[-1])).items():
         with within(f"site '{name}'"):
-            for role in ("lora_A", "lora_B"):
-                if joined(name, role) not in tensors:
-                    raise FormatError("", f"its {role} is missing", _EDITED)
-            a, b = tensors[joined(name, "lora_A")], tensors[joined(name, "lora_B")]
-            sites[name] = _site(name, a, b, kind, alpha, enable_lora)
-    if not sites:
-        raise FormatError("", "it holds no lora_A", "Give a state dict of loralib's layers")
+            sites[name] = _site(name, of["A"], of["B"], kind, alpha, enable_lora)
     return AdapterState(sites, trained)
 
 

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.strict_json import is_positive, read_json
+from lora_inject.core.files.strict_json import is_positive, parse_table
 from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.pairs import matrices, plain_site
-from lora_inject.formats.plain import plain_sites
+from lora_inject.formats.pairs import matrices, plain_site, plain_sites
 
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
 
@@ -87,9 +86,8 @@ def _numbers(path: Path) -> tuple[int, float]:
     if not (path / CONFIG).is_file():
         remedy = "It holds the rank and the scale; give a folder that has it"
         raise FormatError(CONFIG, "there is no such file", remedy)
-    config: Any = read_json(path / CONFIG, CONFIG)
-    kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
-    if kind != "lora":
+    config = parse_table((path / CONFIG).read_bytes(), CONFIG)
+    if (kind := config.get("fine_tune_type", "lora")) != "lora":
         raise FormatError(CONFIG, f"fine_tune_type is {kind!r}", "Fuse it with mlx_lm.fuse")
     said = config.get("lora_parameters")
     numbers: dict[str, Any] = said if isinstance(said, dict) else {}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import FormatError
 from lora_inject.private import look_up
 
@@ -78,6 +79,14 @@ class ModelFacts:
     unfit: Callable[[str], str] | None = None
     separate: Callable[[str], Sequence[Sequence[str]]] | None = None
 
+    def modules_in_files(self) -> Collection[str] | None:
+        """Return the names of all modules, and those of single experts in the base's files."""
+        if self.module_names is None or self.separate is None:
+            return self.module_names
+        stacks = [name for name in self.tensor_names or () if leaf(parent(name)) == "experts"]
+        parts = (part for stack in stacks for parts in self.separate(stack) for part in parts)
+        return {*self.module_names, *(part.removesuffix(".weight") for part in parts)}
+
     def text_config(self, why: str) -> Mapping[str, Any]:
         """Return the config of the language model, which may be nested; `why` it is needed."""
         if not self.config:
@@ -129,6 +138,9 @@ class ModelFacts:
             problem = "the config does not say whether the embedding and the head are tied"
             raise FormatError(where, problem, _NO_CONFIG)
 
+
+Stated = ModelFacts | Callable[[], ModelFacts] | None
+"""Facts, or a function that says them where a format asks."""
 
 # peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).
 _EXPERT_NAMES: dict[str | None, dict[str, str]] = {

@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.files.strict_json import parse_json
 from lora_inject.core.files.tensors import is_safetensors, read_names
 from lora_inject.errors import FormatError, user_path
+from lora_inject.formats.pairs import DTYPES
 
 KEY = "lora_inject.proof"
 VERSION = 1
@@ -32,7 +33,6 @@ LEAST_NOISE = 2e-3
 docs/evidence/clients.md has figures for a model of 30 layers."""
 
 _EDITED = "The file was edited; save the adapter again with probe="
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _Index = Annotated[int, Field(ge=0, lt=2**31)]
 _Number = Annotated[float, Field(allow_inf_nan=False, gt=-1e30, lt=1e30)]
 
@@ -77,7 +77,7 @@ class Proof(_Strict):
     prompts: Annotated[list[list[_Index]], Field(min_length=1)]
     ahead: list[Ahead]
     vocabulary: _Index
-    dtype: str
+    dtype: Literal["float16", "bfloat16", "float32", "float64"]
     size: _Number
 
     @model_validator(mode="after")
@@ -88,8 +88,6 @@ class Proof(_Strict):
         n = sum(len(prompt) - 1 for prompt in prompts)
         if not n or not _are_even(self.values, len(strengths), n):
             raise ValueError("it has not one value for each place and strength")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"it computed in {self.dtype[:20]!r}")
         for each in self.ahead:
             inside = each.prompt < len(prompts)
             if not inside or not 0 < each.length <= len(prompts[each.prompt]):
@@ -113,7 +111,7 @@ class Proof(_Strict):
 
         Logits are rounded to a share of the largest, and so are their log-probabilities.
         """
-        eps = torch.finfo(_DTYPES[dtype or self.dtype]).eps
+        eps = torch.finfo(DTYPES[dtype or self.dtype]).eps
         return max(eps * self.size, LEAST_NOISE)
 
     def to_text(self) -> str:
@@ -126,7 +124,7 @@ def rms(values: torch.Tensor) -> float:
     return math.sqrt(float(values.square().mean())) if len(values) else 0.0
 
 
-def read_proof(path: Any, asked: str) -> Proof:
+def read_proof(path: str | PathLike[str], asked: str) -> Proof:
     """Read the proof that an adapter's file holds.
 
     Args:

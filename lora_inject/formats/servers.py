@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,13 +39,13 @@ from lora_inject.core.adapter.reshape import renamed, split_site, split_stack, t
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import serialize
-from lora_inject.core.spec.names import leaf, parent
+from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
+from lora_inject.formats.pairs import plain_sites
 from lora_inject.formats.peft import folder
 from lora_inject.formats.peft.folder import CONFIG, MODEL, contents
 from lora_inject.formats.peft.tensor_layout import PREFIX
-from lora_inject.formats.plain import plain_sites
 from lora_inject.formats.single_experts import block_and_part, missing_matrices
 
 KINDS = ("linear", "conv1d", "embedding", "conv")
@@ -109,26 +109,16 @@ def single_experts(state: AdapterState, facts: ModelFacts) -> AdapterState:
         FormatError: The base's files are not known, or a block is adapted in part.
     """
     sites: dict[str, SiteState] = {}
-    blocks: set[str] = set()
     for name, site in state.sites.items():
-        if site.spec.experts is None:
-            sites[name] = site
-        else:
-            sites |= _matrices(site, facts)
-            blocks.add(parent(name))
-    separate = facts.separate or (lambda _: ())
-    stacks = (name for name in facts.tensor_names or () if parent(name) in blocks)
-    inside = {
-        part.removesuffix(".weight") for n in stacks for parts in separate(n) for part in parts
-    }
-    if lost := missing_matrices(sites, inside):
+        sites |= {name: site} if site.spec.experts is None else _matrices(site, facts)
+    if lost := missing_matrices(sites, facts.modules_in_files() or ()):
         problem = f"vLLM wants every matrix of every expert adapted, and '{lost[0]}' is not"
         raise FormatError("single experts", problem, "Adapt all stacks of the block, or merge")
     return replace(state, sites=sites)
 
 
-def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteState]]:
-    """Yield sites on single experts' matrices with their names in the base's files."""
+def _matrices(site: SiteState, facts: ModelFacts) -> dict[str, SiteState]:
+    """Return sites on single experts' matrices by their names in the base's files."""
     where, n_experts = f"site '{site.spec.name}'", site.spec.experts
     if facts.separate is None:
         problem = "the names of single experts depend on the base's files"
@@ -139,6 +129,7 @@ def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteSta
         raise FormatError(where, problem, 'Write stacks as they are: format="peft"')
     # Files keep Linear layers' matrices, which lie as in the stack, whatever its adapter calls in.
     site = turned(site) if site.spec.transposed else site
+    made: dict[str, SiteState] = {}
     for expert, parts in zip(split_stack(site).values(), names, strict=True):
         width, stray = divmod(expert.spec.out_features, len(parts))
         if stray:
@@ -148,7 +139,8 @@ def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteSta
         pieces = [expert] if len(parts) == 1 else split_site(expert, sizes, where).values()
         for part, piece in zip(parts, pieces, strict=True):
             module = part.removesuffix(".weight")
-            yield module, replace(piece, spec=renamed(piece.spec, module))
+            made[module] = replace(piece, spec=renamed(piece.spec, module))
+    return made
 
 
 _PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}

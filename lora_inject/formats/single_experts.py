@@ -14,9 +14,7 @@ from torch import Tensor
 
 from lora_inject.errors import FormatError
 
-_Shape = tuple[int, ...] | None
 _SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
-_STACK = re.compile(r".+\.experts\.w[123]")
 _KEY = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
 _NAMINGS = (("gate_proj", "down_proj", "up_proj"), ("w1", "w2", "w3"))
 
@@ -55,21 +53,9 @@ def missing_matrices(names: Iterable[str], known: Collection[str] = ()) -> list[
     return sorted(due - adapted.keys())
 
 
-def is_shared_layout(names: Collection[str]) -> bool:
-    """Return whether a file's keys are of servers' stacks."""
-    return any(_KEY.fullmatch(name) for name in names)
-
-
-def of_one(name: str, a: _Shape, b: _Shape) -> tuple[_Shape, _Shape]:
-    """Return the shapes of A and B of a module; of a server's stack those of one expert.
-
-    Examples:
-        >>> of_one("mlp.experts.w1", (1, 8, 64), (4, 32, 8))
-        ((8, 64), (32, 8))
-    """
-    if not _STACK.fullmatch(name):
-        return a, b
-    return (a and a[1:]), (b and b[1:])
+def has_server_stacks(keys: Iterable[str]) -> bool:
+    """Return whether keys of a file are of such stacks."""
+    return any(".experts.w" in key and _KEY.fullmatch(key) for key in keys)
 
 
 def as_single_experts(
@@ -82,34 +68,29 @@ def as_single_experts(
     Raises:
         FormatError: A tensor is no stack, or the stacks of a block have other numbers of experts.
     """
+    if not has_server_stacks(tensors):
+        return dict(tensors)
     targets = config.get("target_modules")
-    said = targets if isinstance(targets, list) else ()
-    naming = next((n for n in _NAMINGS if {*n} & {*said}), _NAMINGS[0])
-    counts = _n_experts(tensors)
-    made: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            made[key] = tensor
-            continue
-        block, part, role = match.groups()
-        for expert in range(counts[block]):
-            name = f"{block}.{expert}.{naming[int(part[1]) - 1]}.lora_{role}.weight"
-            made[name] = tensor[expert if len(tensor) > 1 else 0]
-    return made
-
-
-def _n_experts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return how many experts each block has."""
+    said = targets if isinstance(targets, list) else []
+    naming = next((n for n in _NAMINGS if any(part in said for part in n)), _NAMINGS[0])
+    places = {key: match.groups() for key in tensors if (match := _KEY.fullmatch(key))}
     sizes: dict[str, set[int]] = defaultdict(set)
-    for key, tensor in tensors.items():
-        if (match := _KEY.fullmatch(key)) is not None:
-            if tensor.dim() != 3:
-                problem = f"it has {tensor.dim()} dimensions, and a stack has 3"
-                raise FormatError(f"tensor '{key}'", problem, "Fetch the file again")
-            sizes[match[1]].add(len(tensor))
+    for key, (block, _, _) in places.items():
+        if tensors[key].dim() != 3:
+            problem = f"it has {tensors[key].dim()} dimensions, and a stack has 3"
+            raise FormatError(f"tensor '{key}'", problem, "Fetch the file again")
+        sizes[block].add(len(tensors[key]))
     for block, several in sizes.items():
         if len(own := sorted(several - {1})) > 1:
             problem = f"its stacks are of {', '.join(map(str, own))} experts"
             raise FormatError(f"experts '{block}'", problem, "Fetch the file again")
-    return {block: max(several) for block, several in sizes.items()}
+    made: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key not in places:
+            made[key] = tensor
+            continue
+        block, part, role = places[key]
+        for expert in range(max(sizes[block])):
+            name = f"{block}.{expert}.{naming[int(part[1]) - 1]}.lora_{role}.weight"
+            made[name] = tensor[expert if len(tensor) > 1 else 0]
+    return made

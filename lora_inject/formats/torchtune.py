@@ -11,10 +11,9 @@ training/checkpointing/_checkpointer.py, modules/peft/_utils.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.strict_json import read_json
+from lora_inject.core.files.strict_json import parse_table
 from lora_inject.errors import FormatError
 from lora_inject.formats.decoder_names import Decoder
 from lora_inject.formats.format import Files
@@ -56,8 +55,7 @@ def read(
         raise FormatError("", f"there is no {FILES[0]} in it", "Give the folder of an epoch")
     tensors = read_pickle(file, allow=allow_pickle)
     if alpha is None and (path / CONFIG).is_file():
-        said: Any = read_json(path / CONFIG, CONFIG)
-        alpha = said.get("lora_alpha") if isinstance(said, dict) else None
+        alpha = parse_table((path / CONFIG).read_bytes(), CONFIG).get("lora_alpha")
     if type(alpha) not in (int, float):
         raise FormatError("", f"no {CONFIG} says its alpha", "Pass alpha=..., as in the recipe")
     remedy = "DoRA and modules of several parts are not read"

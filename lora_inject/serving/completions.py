@@ -143,7 +143,7 @@ class Server:
             raise ServerError(asked, "its answer is not JSON", remedy) from error
 
 
-def _is_address(url: Any) -> bool:
+def _is_address(url: object) -> bool:
     """Whether a URL names a host; whether its port is a number is seen when it is asked."""
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
         return False
@@ -154,7 +154,7 @@ def _is_address(url: Any) -> bool:
     return bool(host) and not any(letter.isspace() for letter in url)
 
 
-def _rated(token: Any, value: float) -> Rated:
+def _rated(token: object, value: float) -> Rated:
     number = str(token).removeprefix(_ID)
     is_id = number != token and number.isdecimal()
     return Rated(int(number) if is_id else None, float(value))

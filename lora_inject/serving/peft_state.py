@@ -91,7 +91,7 @@ def peft_state(
     return tensors, made.config
 
 
-def _check_form(device: Any, dtype: Any, asked: str) -> None:
+def _check_form(device: str | torch.device | None, dtype: torch.dtype | None, asked: str) -> None:
     """Refuse a device or a dtype that tensors cannot be sent in."""
     if dtype is not None:
         check_type(f"{asked}, dtype", dtype, torch.dtype, "Give torch.bfloat16", FormatError)

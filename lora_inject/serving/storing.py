@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Stored:
         return "\n".join(wrapped(words, width))
 
 
-def store_proof(path: Any, model: nn.Module, probe: Any, **reading: Any) -> Stored:
+def store_proof(path: str | PathLike[str], model: nn.Module, probe: Any, **reading: Any) -> Stored:
     """Store in an adapter's files what it does to a few inputs, as `save_adapter(probe=)` does.
 
     The tensors keep their bytes, and the file is replaced in one step.
@@ -94,7 +95,7 @@ def store_proof(path: Any, model: nn.Module, probe: Any, **reading: Any) -> Stor
     return Stored(file, parse_proof(text, asked), KEY in before, knows)
 
 
-def check_room(path: Any) -> tuple[str, Path]:
+def check_room(path: str | PathLike[str]) -> tuple[str, Path]:
     """Return the format of an adapter's files, and the one that takes a proof.
 
     Raises:
@@ -107,7 +108,7 @@ def check_room(path: Any) -> tuple[str, Path]:
     return layout, proof_file(place, asked)
 
 
-def _asked(path: Any) -> str:
+def _asked(path: str | PathLike[str]) -> str:
     return f"store a proof in '{path}'"
 
 

@@ -27,6 +27,7 @@ from lora_inject.core.roots.root import root_of
 from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.tables import wrapped
 from lora_inject.errors import ServerError, StateError, user_path
+from lora_inject.formats.pairs import DTYPES
 from lora_inject.formats.proof import Ahead, Proof, read_proof, rms
 from lora_inject.serving.completions import Rated, Server
 
@@ -36,7 +37,6 @@ _NEAR = 4  # of a piece of the path, which is bent where the proof has a straigh
 _NO_RATINGS = "The server does not rate the tokens of a prompt (echo with logprobs); what it says "
 _NO_RATINGS += "of the next token was compared"
 _WHAT = "log-probabilities"
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,7 @@ def verify_loaded(
     proof = read_proof(_source_on(model, name, asked) if source is None else source, asked)
     with torch.no_grad(), evaluating(model):
         values = token_values(run(model, proof.prompts, asked), proof.prompts).double()
-    residuals = [values - proof.at(strength) for strength in proof.strengths]
-    return judge(proof, residuals, _WHAT, dtype=dtype, same_program=True)
+    return judge(proof, _residuals(proof, values), _WHAT, dtype=dtype, same_program=True)
 
 
 def verify_served(
@@ -258,31 +257,26 @@ def verify_served(
     place = user_path(asked, adapter)
     server = Server.at(url, model, place.stem if place.is_file() else place.name, timeout)
     rows = [server.rated_prompt(prompt) for prompt in proof.prompts]
-    if not all(rows):
-        return _judged_by_next_tokens(server, proof, asked, dtype)
-    values = torch.tensor(_prompt_values(proof, rows, asked), dtype=torch.float64)
-    _refuse_nan(values, asked)
-    residuals = [values - proof.at(strength) for strength in proof.strengths]
-    return judge(proof, residuals, _WHAT, dtype=dtype)
-
-
-def _refuse_nan(values: Tensor, asked: str) -> None:
-    if not bool(torch.isfinite(values).all()):
+    what, notes = _WHAT, list[str]()
+    if all(rows):
+        residuals = _residuals(proof, _prompt_values(proof, rows, asked))
+    else:
+        what, notes = f"{_WHAT} of next tokens", [_NO_RATINGS]
+        parts = [_next_residuals(server, proof, ahead, asked) for ahead in proof.ahead]
+        residuals = [torch.cat([*each]) for each in zip(*parts, strict=True)]
+        if not len(residuals[0]):
+            problem = "it rates neither the tokens of a prompt nor the next one"
+            remedy = "Let the server return log-probabilities: logprobs=5 in /v1/completions"
+            raise ServerError(asked, problem, remedy)
+    if not bool(torch.isfinite(residuals[0]).all()):
         problem = "it returns NaN as log-probabilities"
         raise ServerError(asked, problem, "Look at its dtype and at the weights that it has loaded")
+    return judge(proof, residuals, what, dtype=dtype, notes=notes)
 
 
-def _judged_by_next_tokens(server: Server, proof: Proof, asked: str, dtype: str | None) -> Verdict:
-    """Return the verdict on a server that does not rate the tokens of a prompt."""
-    parts = [_next_residuals(server, proof, ahead, asked) for ahead in proof.ahead]
-    residuals = [torch.cat([*each]) for each in zip(*parts, strict=True)]
-    _refuse_nan(residuals[0], asked)
-    if not len(residuals[0]):
-        problem = "it rates neither the tokens of a prompt nor the next one"
-        remedy = "Let the server return log-probabilities: logprobs=5 in /v1/completions"
-        raise ServerError(asked, problem, remedy)
-    what = "log-probabilities of next tokens"
-    return judge(proof, residuals, what, dtype=dtype, notes=[_NO_RATINGS])
+def _residuals(proof: Proof, values: Tensor) -> list[Tensor]:
+    """Return, for each strength, how far values are from the proof's."""
+    return [values - proof.at(strength) for strength in proof.strengths]
 
 
 def _check_dtype(dtype: str | None, asked: str) -> None:
@@ -301,7 +295,7 @@ def _source_on(model: nn.Module, name: str, asked: str) -> Path:
     return files
 
 
-def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) -> list[float]:
+def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) -> Tensor:
     """Return what was rated, in the order of the proof's values; refuse other tokens than its."""
     values: list[float] = []
     for number, (prompt, row) in enumerate(zip(proof.prompts, rows, strict=True), 1):
@@ -311,7 +305,7 @@ def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) ->
             remedy = "Give the server of the adapter's base, with its tokenizer"
             raise ServerError(asked, f"{problem}: another vocabulary", remedy)
         values += [rated.value for _, rated in pairs]
-    return values
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _next_residuals(server: Server, proof: Proof, ahead: Ahead, asked: str) -> list[Tensor]:

@@ -184,7 +184,7 @@ TWO_A = {f"{name}.lora_A": torch.ones(2, 4) for name in ("fc", "x")}
 FUSED = PAIR | {"fc.lora_A": torch.ones(4, 4)}
 UNREADABLE: dict[str, tuple[dict[str, Tensor], dict[str, Any], list[str]]] = {
     "no alpha": (PAIR, {}, ["alpha"]),
-    "no B": (TWO_A, TOLD, ["fc", "lora_B"]),
+    "no B": (TWO_A, TOLD, ["fc", "its B"]),
     "fused": (FUSED, TOLD, ["fc", "enable_lora"]),
     "too many parts": (FUSED, {**TOLD, "enable_lora": [True] * 3}, ["fc", "2"]),
     "one part, unnamed": (PAIR, {**TOLD, "enable_lora": [True, False]}, ["enable_lora"]),

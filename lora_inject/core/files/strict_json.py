@@ -33,6 +33,16 @@ def parse_json(text: str | bytes, asked: str, error: type[LoraInjectError] = For
     raise error(asked, problem, "The file is damaged or was edited; fetch it again")
 
 
+def parse_table(
+    text: str | bytes, asked: str, error: type[LoraInjectError] = FormatError
+) -> dict[str, Any]:
+    """Parse a table of JSON as `parse_json` does."""
+    table = parse_json(text, asked, error)
+    if not isinstance(table, dict):
+        raise error(asked, "it is not a table of fields", "Check the path, or fetch it again")
+    return table
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 

@@ -21,6 +21,7 @@ from lora_inject.core.roots.root import Injected, entries
 from lora_inject.errors import FormatError, StateError, user_path, within
 from lora_inject.formats.exchange import DEFAULT, completed, format_of, write_adapter
 from lora_inject.formats.live_models import facts_about, refuse_misread
+from lora_inject.formats.model_facts import ModelFacts
 
 
 def save_adapter(
@@ -89,7 +90,7 @@ def saved_state(
     format: str,  # noqa: A002
     unused: Sequence[str],
     gathered: Mapping[str, Tensor] = MappingProxyType({}),
-) -> tuple[AdapterState, Callable[[], Any]]:
+) -> tuple[AdapterState, Callable[[], ModelFacts]]:
     """Return an adapter that is to be saved, and a function of the facts that a format asks for.
 
     `gathered` are whole tensors by their keys in the state dict. Of several processes all raise.
@@ -112,7 +113,7 @@ def saved_state(
     state.check_finite(asked, FormatError)
     refuse_unused_sites(survey, name, state, unused, asked)
 
-    def facts() -> Any:
+    def facts() -> ModelFacts:
         idle = idle_among([*entries(survey, name)])
         notes = tuple(notes_on_adapter(survey, name))
         return replace(facts_about(survey), idle=idle, notes=notes)

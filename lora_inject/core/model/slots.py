@@ -23,7 +23,7 @@ from lora_inject.core.roots.root import root_of
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.sites import SiteSpec, meaning
 from lora_inject.errors import FormatError, StateError, within
-from lora_inject.formats.plain import refuse_more_than_pairs, site_in_pairs
+from lora_inject.formats.pairs import refuse_more_than_pairs, site_in_pairs
 
 M = TypeVar("M", bound=nn.Module)
 Targets = Sequence[str | dict[str, Any]]

@@ -44,6 +44,13 @@ _NOT_NEEDED = {
     *("loftq_config", "lora_ga_config", "megatron_core", "peft_type", "qalora_group_size"),
     *("revision", "runtime_config"),
 }
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Task to the names of heads that PEFT keeps whole without being told (peft_model.py)."""
+
 LAYOUTS_OF_B = ("rank_major", "grouped_by_expert")
 """How unsloth has ordered the columns of a stack's B: as PEFT does, or by expert first."""
 
@@ -122,6 +129,12 @@ class LoraFields(BaseModel):
         """What alpha is divided by, to give the scale of tensors of this rank."""
         return math.sqrt(rank) if self.use_rslora else rank
 
+    def require_alpha(self, asked: str = "") -> None:
+        """Refuse a file that does not say alpha."""
+        if self.lora_alpha is None:
+            remedy = "Ask the author of the adapter; it is never guessed"
+            raise FormatError(asked, "'lora_alpha' is missing", remedy)
+
     def numbers(self, names: Collection[str]) -> dict[str, tuple[int | None, float]]:
         """The rank and the alpha of each name: those of the first key of a table that hits it."""
         with within("'rank_pattern'"):
@@ -184,7 +197,7 @@ def _is_an_end(name: str) -> bool:
 
 
 def read_fields(
-    config: object,
+    config: Mapping[str, Any],
     asked: str = "",
     error: type[LoraInjectError] = FormatError,
     allow: Collection[str] = (),
@@ -201,8 +214,6 @@ def read_fields(
     def refused(field: str, problem: str, remedy: str) -> LoraInjectError:
         return error(f"{asked}, '{field}'" if asked else f"'{field}'", problem, remedy)
 
-    if not isinstance(config, Mapping):
-        raise error(asked, "it is not a table of fields", "Check the path, or fetch it again")
     plain = {name: _plain(value) for name, value in config.items()}
     plain = {name: value for name, value in plain.items() if value not in (None, [], {})}
     if (kind := plain.get("peft_type")) != "LORA":

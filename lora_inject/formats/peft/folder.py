@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import check_keys, check_no_clash, one_line
 from lora_inject.core.adapter.native import Described, describe, is_native, parse
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.strict_json import misfit, parse_json, read_json
+from lora_inject.core.files.strict_json import parse_json, parse_table
 from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import parent
 from lora_inject.core.spec.sites import SiteSpec
@@ -61,7 +60,6 @@ CONFIG_KEY = "lora_adapter_metadata"
 """Key of the config in the header of the tensors, where diffusers looks for it, too."""
 
 _TURNED = "lora_inject.turned"
-_NAMES: TypeAdapter[Any] = TypeAdapter(list[str])
 _EDITED = "The file was edited, or is of a newer version"
 _OTHER = 'Write it with format="native": save_adapter(model, path, format="native")'
 _MEANINGS = (
@@ -144,14 +142,7 @@ def contents(state: AdapterState, facts: ModelFacts) -> Contents:
     _check_rows(state, facts)
     specs = [site.spec for site in state.sites.values()]
     check_sites(specs, facts)
-    _check_orientation(specs, facts)
     transposed = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
-    return Contents(state, _tensors_of(state, transposed), build(state, facts), transposed)
-
-
-def _tensors_of(state: AdapterState, transposed: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors of the file by their keys; sites of `transposed` are (in, out)."""
-    specs = [site.spec for site in state.sites.values()]
     layout = layout_of(specs, state.trained, state.rows)
     check_no_clash(layout.keys)
     tensors = {layout.trained[name]: tensor for name, tensor in state.trained.items()}
@@ -161,17 +152,7 @@ def _tensors_of(state: AdapterState, transposed: Collection[str]) -> dict[str, T
         tensors |= {keys["A"]: A, keys["B"]: B}
         for role, tensor in site.further.items():
             tensors[keys[role]] = tensor.detach().reshape(shapes[role])
-    return tensors
-
-
-def _check_orientation(specs: Sequence[SiteSpec], facts: ModelFacts) -> None:
-    """Raise if PEFT on another transformers would take square experts the other way round."""
-    for spec in specs:
-        square = spec.experts is not None and spec.in_features == spec.out_features
-        if square and not facts.orientation_known:
-            problem = "its matrices are square, and PEFT takes them for (out, in) on transformers 4"
-            problem += " whatever they are on transformers 5"
-            raise FormatError(f"site '{spec.name}'", problem, _OTHER)
+    return Contents(state, tensors, build(state, facts), transposed)
 
 
 def read(path: Path, facts: ModelFacts, *, allow: Collection[str] = ()) -> AdapterState:
@@ -193,11 +174,10 @@ def read(path: Path, facts: ModelFacts, *, allow: Collection[str] = ()) -> Adapt
     """
     _check_files(path)
     with within(CONFIG):
-        config = read_json(path / CONFIG, "")
+        config = parse_table((path / CONFIG).read_bytes(), "")
         fields = _fields_of_file(config, allow)
     tensors, text = read_tensors(path / MODEL)
-    if any(".experts.w" in key for key in tensors):  # servers' stacks of experts
-        tensors = as_single_experts(tensors, config)
+    tensors = as_single_experts(tensors, config)
     if is_native(text, "peft"):
         with within(MODEL):
             said, edited = parse(text), _edited(config, text)
@@ -210,7 +190,7 @@ def read(path: Path, facts: ModelFacts, *, allow: Collection[str] = ()) -> Adapt
     return Foreign(fields, facts, any_target, _is_of_unsloth(config)).read(tensors)
 
 
-def _fields_of_file(config: Any, allow: Collection[str]) -> LoraFields:
+def _fields_of_file(config: Mapping[str, Any], allow: Collection[str]) -> LoraFields:
     """Return the fields of a file, which must say alpha and not that the base was changed."""
     fields = read_fields(config, allow=allow)
     init = str(fields.init_lora_weights)
@@ -218,9 +198,7 @@ def _fields_of_file(config: Any, allow: Collection[str]) -> LoraFields:
         problem = f"it is {init[:40]!r}: with it, PEFT changes the base's weights as it loads"
         remedy = f"{_RESIDUAL}; or, where your base holds the changed weights, pass "
         raise FormatError("'init_lora_weights'", problem, f"{remedy}allow=['init_lora_weights']")
-    if fields.lora_alpha is None:
-        remedy = "Ask the author of the adapter; it is never guessed"
-        raise FormatError("", "'lora_alpha' is missing", remedy)
+    fields.require_alpha()
     return fields
 
 
@@ -249,11 +227,12 @@ def _meant(value: Any) -> Any:
 
 def _turned(text: Mapping[str, str], said: Described) -> list[str]:
     """Return the sites whose A and B have changed places in the file, which are parameters."""
-    names = parse_json(text.get(_TURNED, ""), f"metadata '{_TURNED}'")
+    where = f"metadata '{_TURNED}'"
+    names: Any = parse_json(text.get(_TURNED, ""), where)
     parameters = {name for name, spec in said.specs.items() if spec.kind == "parameter"}
-    if misfit(names, _NAMES) or not parameters.issuperset(names):
-        raise FormatError(f"metadata '{_TURNED}'", "it does not name sites on parameters", _EDITED)
-    turned: list[str] = names
+    turned = [name for name in names if name in parameters] if isinstance(names, list) else None
+    if turned is None or turned != names:
+        raise FormatError(where, "it does not name sites on parameters", _EDITED)
     return turned
 
 
@@ -261,7 +240,7 @@ def _read_native(
     said: Described, turned: Collection[str], tensors: dict[str, Tensor]
 ) -> AdapterState:
     """The state that `write` was given; every tensor is accounted for."""
-    _check_expressible([*said.specs.values()], ())
+    check_sites([*said.specs.values()], ModelFacts())
     layout = layout_of(said.specs.values(), said.trained, said.rows)
     check_no_clash(layout.keys)
     check_keys(tensors, layout.keys)
@@ -305,14 +284,11 @@ def _in_order(state: AdapterState, tensor_names: Sequence[str] | None) -> Adapte
 # What PEFT can say ------------------------------------------------------------------------------
 
 
-def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts) -> None:
-    """Refuse sites that PEFT cannot hold, or on modules that its layers cannot stand for."""
-    _check_expressible(specs, facts.tensor_names)
-    refuse_unfit_sites(specs, facts)
+def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEFT") -> None:
+    """Refuse sites that PEFT cannot hold, or on modules that its layers cannot stand for.
 
-
-def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | None) -> None:
-    """Refuse what a PEFT file cannot say, before anything is written or believed."""
+    `client` is PEFT, or a program that uses its layers.
+    """
     kinds = {spec.name: spec.kind for spec in specs}
     parameters = {name for name, kind in kinds.items() if kind == "parameter"}
     if parameters and "conv1d" in kinds.values():
@@ -320,22 +296,18 @@ def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | 
     if len({(spec.variant, spec.lora_bias) for spec in specs}) > 1:
         problem = "PEFT has one variant, with lora_bias or without, for all sites"
         raise FormatError("", f"{problem}, and these sites have several", _OTHER)
-    known = {*(tensor_names or ()), *parameters}
-    modules = kinds.keys() - parameters
+    known = {*(facts.tensor_names or ()), *parameters}
+    modules, unfit = kinds.keys() - parameters, facts.unfit or (lambda _: "")
     for spec in specs:
+        problem = ""
         if reason := _inexpressible(spec, modules, known):
-            raise FormatError(f"site '{spec.name}'", f"PEFT cannot adapt {reason}", _OTHER)
-
-
-def refuse_unfit_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEFT") -> None:
-    """Refuse sites on modules that PEFT's layers cannot stand for, where the model is known.
-
-    `client` is PEFT, or a program that uses its layers.
-    """
-    unfit = facts.unfit or (lambda _: "")
-    for spec in specs:
-        if spec.kind != "parameter" and (reason := unfit(spec.name)):
+            problem = f"PEFT cannot adapt {reason}"
+        elif spec.experts and spec.in_features == spec.out_features and not facts.orientation_known:
+            problem = "its matrices are square, and PEFT takes them for (out, in) on transformers 4"
+            problem += " whatever they are on transformers 5"
+        elif spec.kind != "parameter" and (reason := unfit(spec.name)):
             problem = f"{client} would load it wrong: {reason}"
+        if problem:
             raise FormatError(f"site '{spec.name}'", problem, _OTHER)
 
 

@@ -11,8 +11,9 @@ Source: peft 0.12 to 0.21, utils/save_and_load.py.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -26,42 +27,34 @@ from lora_inject.core.spec.names import around, canonical, joined, leaf, parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
-from lora_inject.formats.pairs import check_shapes, pairs_of, plain_site
+from lora_inject.formats.pairs import by_module, check_shapes, plain_site
 from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields
 from lora_inject.formats.peft.name_patterns import ends
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
 
 _REPAIR = "The file is incomplete or was edited; fetch it again"
 
-# The end of a key of an adapter; `default` is the adapter's name, which some programs leave in.
-# Until 0.12 a magnitude was a plain Parameter, so that PEFT still omits its `.weight`.
+# The end of a key of an adapter. Until 0.12 a magnitude was a plain Parameter, so that PEFT still
+# omits its `.weight`.
 _KEY = re.compile(
-    r"(?s)(.+)\.(?:lora_(?P<of_layer>[AB])(?:\.default)?\.weight"
-    r"|lora_embedding_(?P<of_embedding>[AB])(?:\.default)?"
-    r"|lora_(?P<m>m)agnitude_vector(?:\.default)?(?:\.weight)?"
-    r"|lora_B(?:\.default)?\.(?P<b>b)ias"
-    r"|(?P<rows>token_adapter)\.trainable_tokens_delta(?:\.default)?)"
+    r"(?s)(.+)\.(?:lora_(?P<of_layer>[AB])\.weight|lora_embedding_(?P<of_embedding>[AB])"
+    r"|lora_(?P<m>m)agnitude_vector(?:\.weight)?|lora_B\.(?P<b>b)ias)"
+)
+# The adapter's name, which some programs leave in.
+_DEFAULT = re.compile(
+    r"((?<![^.])(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|trainable_tokens_delta"
+    r"|modules_to_save))\.default(?![^.])"
 )
 # What PEFT puts around a module: the original inside its wrapper, or next to a trained copy.
-_AROUND = re.compile(r"(?<![^.])(?:base_layer|original_module|modules_to_save(?:\.default)?)\.")
+_AROUND = re.compile(r"(?<![^.])(?:base_layer|original_module|modules_to_save)\.")
 
 
 class _Place(NamedTuple):
-    """A site as the names say it, a module or a parameter of one, and its tensors by role."""
+    """A site as the names say it, a module or a parameter of one, and its path in the file."""
 
     name: str
     module: str
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass
-class _Sorted:
-    """A file's tensors: of sites by path and role, rows by path, and what is left, by key."""
-
-    of_sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    embeddings: set[str] = field(default_factory=set)
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    rest: dict[str, Tensor] = field(default_factory=dict)
+    path: str
 
 
 @dataclass(frozen=True)
@@ -75,23 +68,25 @@ class Foreign:
 
     def read(self, tensors: Mapping[str, Tensor]) -> AdapterState:
         """Return the adapter of a file's tensors, without a config and a fingerprint."""
-        given = _sorted(tensors)
-        places = [*self._places(given.of_sites)]
+        rest = _with_plain_keys(tensors)
+        keys = {key: match for key in rest if (match := _KEY.fullmatch(key))}
+        parts = _by_path({key: rest.pop(key) for key in keys}, keys)
+        embeddings = {match[1] for match in keys.values() if match["of_embedding"]}
+        rows = self._rows(rest)
+        places = [*self._places(parts)]
         self._check_targets([p.name for p in places if p.name == p.module])
         numbers = self.fields.numbers([place.name for place in places])
         sites: dict[str, SiteState] = {}
         for place in places:
-            name, (rank, alpha) = place.name, numbers[place.name]
-            if name in sites:
-                raise _error(f"site '{name}'", "two of its pairs are of this one")
-            sites[name] = self._site(place, rank, alpha, place.module in given.embeddings)
-        trained, copies = self._full_tensors(given.rest, sites)
-        if self.fields.trainable_token_indices and not given.rows:
-            raise _error("", "it lacks the rows of 'trainable_token_indices'")
-        rows = {f"{path}.weight": self._indices(path, t) for path, t in given.rows.items()}
-        trained |= {f"{path}.weight": tensor for path, tensor in given.rows.items()}
+            if place.name in sites:
+                raise _error(f"site '{place.name}'", "two of its pairs are of this one")
+            embeds, of = place.path in embeddings, parts[place.path]
+            sites[place.name] = self._site(place, of, *numbers[place.name], embeds)
+        trained, copies = self._full_tensors(rest, sites)
+        trained |= {name: tensor for name, (tensor, _) in rows.items()}
         self._check_saved(trained)
-        return AdapterState(sites, trained, base_copies=copies, rows=rows)
+        numbers_of_rows = {name: indices for name, (_, indices) in rows.items()}
+        return AdapterState(sites, trained, base_copies=copies, rows=numbers_of_rows)
 
     def _check_targets(self, modules: Collection[str]) -> None:
         """Refuse tensors of modules that the config does not target, which PEFT ignores."""
@@ -111,18 +106,18 @@ class Foreign:
 
     # Names ------------------------------------------------------------------------------------
 
-    def _places(self, paths: Mapping[str, Mapping[str, Tensor]]) -> Iterator[_Place]:
+    def _places(self, paths: Collection[str]) -> Iterator[_Place]:
         """Yield what is adapted on each module: itself, or some of its parameters.
 
         A module with several adapted parameters has a wrapper for each, of which the first
         parameter's is the innermost, so that its path has the most `.base_layer`.
         """
-        paths_of: dict[str, list[str]] = {}
+        paths_of: dict[str, list[str]] = defaultdict(list)
         for path in paths:
             module = path
             while module.endswith(".base_layer") and module not in self._modules:
                 module = module.removesuffix(".base_layer")
-            paths_of.setdefault(module, []).append(path)
+            paths_of[module].append(path)
         for module, given in paths_of.items():
             names = self._names(module)
             wrappers = [module + ".base_layer" * depth for depth in reversed(range(len(names)))]
@@ -130,7 +125,7 @@ class Foreign:
                 problem = f"its pairs at {one_line(given)} are not those of {one_line(names)}"
                 raise _error(f"module '{module[:200]}'", problem)
             for name, path in zip(names, wrappers, strict=True):
-                yield _Place(name, module, paths[path])
+                yield _Place(name, module, path)
 
     def _names(self, module: str) -> list[str]:
         """The sites of a module: its own name, or those of its parameters in the model's order."""
@@ -166,60 +161,50 @@ class Foreign:
 
     # Sites ------------------------------------------------------------------------------------
 
-    def _site(self, place: _Place, rank: int | None, alpha: float, embeds: bool) -> SiteState:
+    def _site(
+        self, place: _Place, of: Mapping[str, Tensor], rank: int | None, alpha: float, embeds: bool
+    ) -> SiteState:
         """Return a site with the numbers that the config claims; shapes say the rest."""
-        where, tensors = f"site '{place.name}'", dict(place.tensors)
-        for role, said, claim, what in (
-            ("m", self.fields.use_dora, "use_dora", "DoRA magnitude"),
-            ("b", self.fields.lora_bias, "lora_bias", "bias of lora_B"),
-        ):
-            if said != (role in tensors):
-                has = f"no {what}, which '{claim}' asks for" if said else f"a {what}"
-                raise _error(where, f"it has {has}")
-        a, b = tensors["A"], tensors["B"]
+        where, fields, a, b = f"site '{place.name}'", self.fields, of["A"], of["B"]
+        of_module = place.name == place.module
         with within(where):
+            self._check_further(of)
             check_shapes(a, b)
-            of_module = place.name == place.module
-            if rank is None and of_module:
-                rank = len(a)
+            rank = len(a) if rank is None and of_module else rank
             if rank is None or (len(a) != rank if of_module else len(a) % rank):
                 problem = f"its tensors have rank {len(a)}, adapter_config.json says rank {rank}"
                 remedy = "Correct 'r' or 'rank_pattern' there; the scale depends on it"
                 raise _error("", problem, remedy)
             if not of_module and (a.ndim != 2 or embeds):
                 raise _error("", "its pair is not of a parameter, which the config says it is")
-        if of_module:
-            kind = "conv1d" if self.fields.fan_in_fan_out else "linear"
-            spec = replace(
-                plain_site(place.name, a, b, alpha, "embedding" if embeds else kind).spec,
-                scaling=self.fields.scaling,
-                dropout=self.fields.lora_dropout,
-                variant="dora" if self.fields.use_dora else "lora",
-                lora_bias=self.fields.lora_bias,
-            )
-        else:
-            spec = self._parameter(place.name, a, b, rank, alpha)
-        if spec.experts and self._by_expert(where):  # PEFT orders the columns by rank first
-            tensors["B"] = b.reshape(len(b), spec.experts, -1).permute(0, 2, 1).reshape(b.shape)
-        return unpack(spec, tensors)
+            if not of_module:
+                return self._parameter(place.name, a, b, rank, alpha)
+        kind = "conv1d" if fields.fan_in_fan_out else "linear"
+        spec = replace(
+            plain_site(place.name, a, b, alpha, "embedding" if embeds else kind).spec,
+            scaling=fields.scaling,
+            dropout=fields.lora_dropout,
+            variant="dora" if fields.use_dora else "lora",
+            lora_bias=fields.lora_bias,
+        )
+        return unpack(spec, of)
 
-    def _by_expert(self, where: str) -> bool:
-        """Whether a stacked B has its columns by expert, as the file says."""
-        said = self.fields.lora_B_layout
-        if said is None and self.of_unsloth:
-            problem = "its file is of unsloth and does not say how the columns of B are ordered"
-            remedy = "Add 'lora_B_layout' to adapter_config.json: 'grouped_by_expert' if it was "
-            remedy += "written before 2026-09-17, else 'rank_major'"
-            raise _error(where, problem, remedy)
-        return said == LAYOUTS_OF_B[1]
+    def _check_further(self, of: Mapping[str, Tensor]) -> None:
+        for role, said, claim, what in (
+            ("m", self.fields.use_dora, "use_dora", "DoRA magnitude"),
+            ("b", self.fields.lora_bias, "lora_bias", "bias of lora_B"),
+        ):
+            if said != (role in of):
+                has = f"no {what}, which '{claim}' asks for" if said else f"a {what}"
+                raise _error("", f"it has {has}")
 
-    def _parameter(self, name: str, a: Tensor, b: Tensor, rank: int, alpha: float) -> SiteSpec:
-        """A site on a parameter: one matrix, or a stack of them for experts."""
+    def _parameter(self, name: str, a: Tensor, b: Tensor, rank: int, alpha: float) -> SiteState:
+        """Return a site on a parameter: one matrix, or a stack of them for experts."""
         n_in, n_out = a.shape[1], len(b)
         experts = len(a) // rank if len(a) > rank else None
         transposed = experts is not None and self._is_transposed(name, n_in, n_out)
         matrix = (n_in, n_out) if transposed else (n_out, n_in)
-        return SiteSpec(
+        spec = SiteSpec(
             name=name,
             kind="parameter",
             in_features=n_in,
@@ -232,6 +217,19 @@ class Foreign:
             scaling=self.fields.scaling,
             weight=name,
         )
+        if experts and self._by_expert():  # PEFT orders the columns by rank first
+            b = b.reshape(n_out, experts, -1).permute(0, 2, 1).reshape(b.shape)
+        return unpack(spec, {"A": a, "B": b})
+
+    def _by_expert(self) -> bool:
+        """Whether a stacked B has its columns by expert, as the file says."""
+        said = self.fields.lora_B_layout
+        if said is None and self.of_unsloth:
+            problem = "its file is of unsloth and does not say how the columns of B are ordered"
+            remedy = "Add 'lora_B_layout' to adapter_config.json: 'grouped_by_expert' if it was "
+            remedy += "written before 2026-09-17, else 'rank_major'"
+            raise _error("", problem, remedy)
+        return said == LAYOUTS_OF_B[1]
 
     def _is_transposed(self, name: str, n_in: int, n_out: int) -> bool:
         """Whether PEFT took a stack for (experts, in, out).
@@ -250,27 +248,33 @@ class Foreign:
             if version is not None:
                 remedy = f"{CONVERT} (in Python, load it onto the model, or pass "
                 remedy += "transposed_modules=, the names of the modules that have is_transposed)"
-            raise _error(f"site '{name}'", problem, remedy)
+            raise _error("", problem, remedy)
         return parent(name) in (modules or ())
 
     # Full tensors -----------------------------------------------------------------------------
 
-    def _indices(self, path: str, tensor: Tensor) -> tuple[int, ...]:
-        """The rows of the base that a tensor replaces."""
+    def _rows(self, rest: dict[str, Tensor]) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        """Take the tensors that replace rows of the base out of others, by the base's names."""
         said = self.fields.trainable_token_indices
         claimed = said if isinstance(said, dict) else {"": said}
-        known = {"", *ends(path)}
-        rows_of_end = [rows for end, rows in claimed.items() if end in known]
-        if len(rows_of_end) != 1 or tensor.dim() != 2 or len(tensor) != len(rows_of_end[0]):
-            what = "the config does not say which rows it replaces"
-            remedy = "Restore 'trainable_token_indices' in adapter_config.json"
-            raise _error(f"'{path[:200]}.{ROWS}'", what, remedy)
-        return tuple(rows_of_end[0])
+        found: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+        for key in [key for key in rest if key.endswith(f".{ROWS}")]:
+            tensor, path = rest.pop(key), key.removesuffix(f".{ROWS}")
+            known = {"", *ends(path)}
+            rows_of_end = [rows for end, rows in claimed.items() if end in known]
+            if len(rows_of_end) != 1 or tensor.dim() != 2 or len(tensor) != len(rows_of_end[0]):
+                what = "the config does not say which rows it replaces"
+                remedy = "Restore 'trainable_token_indices' in adapter_config.json"
+                raise _error(f"'{key[:200]}'", what, remedy)
+            found[f"{path}.weight"] = tensor, tuple(rows_of_end[0])
+        if said and not found:
+            raise _error("", "it lacks the rows of 'trainable_token_indices'")
+        return found
 
     def _full_tensors(
         self, rest: Mapping[str, Tensor], sites: Mapping[str, SiteState]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Trained tensors and mere copies of the base's, by the base's names."""
+        """Return trained tensors and mere copies of the base's, by the base's names."""
         trained: dict[str, Tensor] = {}
         copies: dict[str, Tensor] = {}
         for key, tensor in rest.items():
@@ -298,33 +302,23 @@ class Foreign:
         return not kept and any(part.startswith("lora_") for part in key.split("."))
 
 
-def _sorted(tensors: Mapping[str, Tensor]) -> _Sorted:
-    """Sort a file's tensors by what their keys say; each is there once."""
-    made = _Sorted()
-    for key, tensor in _without_prefix(tensors).items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            made.rest[key] = tensor
-            continue
-        path, kind = match[1], str(match.lastgroup)
-        embeds, parts = kind == "of_embedding", made.of_sites.get(path, {})
-        if kind == "rows":
-            twice = path in made.rows
-            made.rows[path] = tensor
-        else:
-            of_other = kind.startswith("of_") and embeds != (path in made.embeddings)
-            twice = match[kind] in parts or (of_other and not {"A", "B"}.isdisjoint(parts))
-            made.of_sites[path] = {**parts, match[kind]: tensor}
-            made.embeddings |= {path} if embeds else set()
-        if twice:
-            raise _error("", f"'{key[:200]}' says a second time what its site's pair is")
-    if made.of_sites:
-        pairs_of(made.of_sites, "A", "B")
-    return made
+def _by_path(
+    tensors: Mapping[str, Tensor], keys: Mapping[str, re.Match[str]]
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of sites by their path in the file and role."""
+    layers, embeds = ({m[1] for m in keys.values() if m[of]} for of in ("of_layer", "of_embedding"))
+    for path in layers & embeds:
+        raise _error(f"module '{path[:200]}'", "its pairs are of a layer and of an embedding")
+    if not tensors:
+        return {}
+    return by_module(tensors, lambda key: (keys[key][1], keys[key][str(keys[key].lastgroup)]))
 
 
-def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All keys have PEFT's prefix, or none has (transformers and diffusers leave it out)."""
+def _with_plain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by keys without PEFT's prefix and the adapter's name.
+
+    All keys have the prefix, or none has: transformers and diffusers leave it out.
+    """
     plain: dict[str, Tensor] = {}
     bare = {key: canonical(key) for key in tensors}
     without = [key for key in bare.values() if not key.startswith(PREFIX)]
@@ -333,9 +327,9 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         remedy = "The file was put together by hand; give all tensors the prefix"
         raise _error("", what, remedy)
     for key, tensor in tensors.items():
-        name = bare[key].removeprefix(PREFIX)
+        name = _DEFAULT.sub(r"\1", bare[key].removeprefix(PREFIX))
         if name in plain:
-            raise _error("", f"the file holds '{name[:200]}' twice")
+            raise _error("", f"the file holds '{name[:200]}' a second time")
         plain[name] = tensor
     return plain
 

@@ -10,7 +10,6 @@ Source: peft 0.21.2, tuners/lora/layer.py (`Linear`, `Embedding`, `_ConvNd`, `Pa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.functional.plain_operations import spread
 from lora_inject.core.spec.names import joined, leaf, parent
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.errors import FormatError
+from lora_inject.formats.pairs import pair_rank, plain_pair
 
 PREFIX = "base_model.model."
 KINDS = ("linear", "conv1d", "embedding", "conv", "parameter")
@@ -109,11 +108,6 @@ def layout_of(
 # Shapes -----------------------------------------------------------------------------------------
 
 
-def file_rank(spec: SiteSpec) -> int:
-    """Rank of the plain pair: `rank` times the adapted slices, doubled by a frozen start."""
-    return spec.rank * len(spec.spans) * (2 if spec.init in FROM_WEIGHT else 1)
-
-
 def file_shapes(spec: SiteSpec, *, turned: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a site's tensors in the file, by role.
 
@@ -121,7 +115,7 @@ def file_shapes(spec: SiteSpec, *, turned: bool = False) -> dict[str, tuple[int,
         >>> file_shapes(SiteSpec("c", "conv", 18, 4, (4, 2, 3, 3), rank=2, alpha=2))
         {'A': (2, 2, 3, 3), 'B': (4, 2, 1, 1)}
     """
-    shapes, rank = dict(spec.shapes), file_rank(spec)
+    shapes, rank = dict(spec.shapes), pair_rank(spec)
     n_in, n_out, experts = spec.in_features, spec.out_features, spec.experts or 1
     if spec.kind == "conv":
         kernel = spec.weight_shape[1:]
@@ -146,14 +140,6 @@ def pack(site: SiteState, *, turned: bool = False) -> tuple[Tensor, Tensor]:
     return a.reshape(shapes["A"]), b.permute(1, 2, 0).reshape(shapes["B"])
 
 
-def plain_pair(site: SiteState) -> tuple[Tensor, Tensor]:
-    """Return A `(experts, r', in)` and B `(experts, out, r')`: no slices, no frozen start."""
-    (a, b), *start = [_plain(site.spec, A, B if sign == 1 else -B) for A, B, sign in site.pairs]
-    for a0, b0 in start:  # W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
-        a, b = torch.cat([a, a0], dim=1), torch.cat([b, b0], dim=2)
-    return a, b
-
-
 def unpack(spec: SiteSpec, tensors: Mapping[str, Tensor], *, turned: bool = False) -> SiteState:
     """Return the site of a file's tensors by role, the inverse of `pack`.
 
@@ -168,7 +154,7 @@ def unpack(spec: SiteSpec, tensors: Mapping[str, Tensor], *, turned: bool = Fals
     a, b = tensors["A"], tensors["B"]
     if not turned and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
         return SiteState(spec, a, b, further=further)
-    experts, rank = spec.experts or 1, file_rank(spec)
+    experts, rank = spec.experts or 1, pair_rank(spec)
     a = a.reshape(experts, rank, -1)
     b = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
     if turned:
@@ -179,14 +165,6 @@ def unpack(spec: SiteSpec, tensors: Mapping[str, Tensor], *, turned: bool = Fals
     pair = _native(spec, a[:, :half], b[:, :, :half])
     start = _native(spec, a[:, half:], -b[:, :, half:])
     return SiteState(spec, *pair, *start, further)
-
-
-def _plain(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Native to plain: `(experts, n * rank, in)` and `(experts, out, n * rank)`."""
-    experts = spec.experts or 1
-    b = b.detach().reshape(experts, -1, spec.rank)
-    b = b if spec.slices is None else spread(b, spec.spans, spec.out_features)
-    return a.detach().reshape(experts, -1, spec.in_features), b
 
 
 def _native(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,15 +179,3 @@ def _native(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             remedy = "The file was changed after it was written; fetch it again"
             raise FormatError(f"site '{spec.name}'", problem, remedy)
     return a.reshape(spec.a_shape).contiguous(), b.reshape(spec.b_shape).contiguous()
-
-
-def file_alpha(spec: SiteSpec, *, rslora: bool) -> float:
-    """The alpha that gives the plain pair the site's scale.
-
-    It is `scale * rank'`, rank' being the file's, or `scale * sqrt(rank')` for `use_rslora`.
-    """
-    rank = file_rank(spec)
-    if rslora == (spec.scaling == "rslora"):  # exact
-        factor = rank // spec.rank
-        return spec.alpha * (math.sqrt(factor) if rslora else factor)
-    return spec.scale * (math.sqrt(rank) if rslora else rank)

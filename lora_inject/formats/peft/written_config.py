@@ -19,8 +19,10 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import around, leaf, parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.pairs import pair_alpha, pair_rank
+from lora_inject.formats.peft.fields import HEADS
 from lora_inject.formats.peft.name_patterns import PlainKeys, ends, escaped, is_plain
-from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, wrapped
+from lora_inject.formats.peft.tensor_layout import wrapped
 
 T = TypeVar("T", bound=Hashable)
 
@@ -30,9 +32,7 @@ PEFT_VERSION = "0.21.2"
 _NOTHING = "dummy-target-modules"
 """PEFT's own word for "adapt nothing": it accepts an adapter without sites under this name only."""
 
-# PEFT keeps these whole for their tasks, so their parts are not listed one by one.
-_HEADS = ("classifier", "score", "qa_outputs")
-_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_HEADS = {name for heads in HEADS.values() for name in heads}
 
 
 def build(state: AdapterState, facts: ModelFacts) -> dict[str, Any]:
@@ -44,8 +44,8 @@ def build(state: AdapterState, facts: ModelFacts) -> dict[str, Any]:
     specs = [site.spec for site in state.sites.values()]
     rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
     targets = {_target(spec, facts.expert_names): spec for spec in specs}
-    ranks = {name: file_rank(spec) for name, spec in targets.items()}
-    alphas = {name: _as_peft(file_alpha(s, rslora=rslora)) for name, s in targets.items()}
+    ranks = {name: pair_rank(spec) for name, spec in targets.items()}
+    alphas = {name: _as_peft(pair_alpha(s, rslora=rslora)) for name, s in targets.items()}
     rank, alpha = _common(ranks.values()), _common(alphas.values())
     modules = [name for name, spec in targets.items() if name == wrapped(spec)]
     parameters = sorted(targets.keys() - {*modules})
@@ -189,4 +189,4 @@ def _bias_setting(trained: Iterable[str], sites: Collection[str], whole: Collect
 def _allowed_task(task: str | None, whole: Collection[str]) -> str | None:
     """Return a task type, None where PEFT would look for a head that does not travel whole."""
     has_head = any(leaf(name) in _HEADS for name in whole)
-    return task if has_head or task not in _TASKS_WITH_HEAD else None
+    return task if has_head or task not in HEADS else None
