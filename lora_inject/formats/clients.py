@@ -29,9 +29,9 @@ from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.names import leaf, nearest, parent
 from lora_inject.errors import FormatError, within
 from lora_inject.formats import mlx, pipelines
+from lora_inject.formats.decoders import FAMILIES, gguf_content
 from lora_inject.formats.exchange import detected
-from lora_inject.formats.format import Files
-from lora_inject.formats.gguf_file import FAMILIES, content
+from lora_inject.formats.format import Files, part_of_folder
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields, read_fields
 from lora_inject.formats.peft.folder import CONFIG, CONFIG_KEY, MODEL
@@ -134,17 +134,16 @@ class Checked:
     def _read(self) -> None:
         is_folder = self.layout in ("peft", "mlx")
         file = self.path / _FILES.get(self.layout, "") if self.path.is_dir() else self.path
-        for each in (self.path / CONFIG, file) if is_folder else ():
-            if not each.is_file():
-                raise FormatError("", f"there is no {each.name} in it", "Give the whole folder")
         if is_folder:
-            self.config = parse_table((self.path / CONFIG).read_bytes(), CONFIG)
+            config = part_of_folder(self.path, CONFIG)
+            self.config = parse_table(config.read_bytes(), CONFIG)
+            part_of_folder(self.path, file.name)
         if self.config.get("peft_type") == "LORA":
             self.fields = read_fields(self.config, CONFIG, allow={*self.config})
         self.tensors: Mapping[str, Tensor] = {}
         self.metadata: Mapping[str, str] = {}
         if self.layout == "gguf":
-            self.tensors = content(file)[1]
+            self.tensors = gguf_content(file)[1]
         elif is_safetensors(file):
             self.tensors, self.metadata = read_tensors(file)
 

@@ -25,7 +25,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_directory, write_file
 from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, check_type, user_path, within
-from lora_inject.formats import gguf_file, litgpt, loralib, mlx, pipelines, servers, torchtune
+from lora_inject.formats import decoders, loralib, mlx, pipelines, servers
 from lora_inject.formats.format import SAFE, Files, Format
 from lora_inject.formats.model_facts import ModelFacts, Stated
 from lora_inject.formats.peft import folder
@@ -51,8 +51,8 @@ FORMATS: dict[str, Format] = {
     # The folder of mlx-lm, which also has an adapter_config.json.
     "mlx": Format(mlx.write, mlx.read, mlx.detects, deltas_only=True),
     # Folders of torchtune and of litgpt, which hold pickles.
-    "torchtune": Format(None, torchtune.read, torchtune.detects),
-    "litgpt": Format(litgpt.write, litgpt.read, litgpt.detects, deltas_only=True),
+    "torchtune": Format(None, decoders.read_torchtune, decoders.is_of_torchtune),
+    "litgpt": Format(decoders.write_litgpt, decoders.read_litgpt, decoders.is_of_litgpt, True),
     # A directory of Hugging Face PEFT.
     "peft": Format(folder.write, folder.read, folder.detects, by_peft=True),
     # The same with one rank and scale 1, for servers that read little of the config; with a pair
@@ -62,7 +62,7 @@ FORMATS: dict[str, Format] = {
         for name, write in servers.WRITERS.items()
     },
     # A file of llama.cpp.
-    "gguf": Format(gguf_file.write, gguf_file.read, gguf_file.detects, True, (".gguf",)),
+    "gguf": Format(decoders.write_gguf, decoders.read_gguf, decoders.is_gguf, True, (".gguf",)),
     # One file of sd-scripts, LyCORIS, ComfyUI.
     "kohya": Format(pipelines.write_kohya, pipelines.read_kohya, pipelines.is_kohya, True, SAFE),
     # One file of a pipeline, or the folder that holds it.

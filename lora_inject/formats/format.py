@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import is_safetensors, read_names
+from lora_inject.errors import FormatError
 
 SAFE = (".safetensors",)
 _BESIDE = {
@@ -50,6 +51,14 @@ class Files:
             file = self.path / name
             self._headers[name] = read_names(file) if is_safetensors(file) else ([], {})
         return self._headers[name]
+
+
+def part_of_folder(folder: Path, name: str, remedy: str = "Give the whole folder") -> Path:
+    """Return a file of a folder; refuse a folder without it."""
+    file = folder / name
+    if not file.is_file():
+        raise FormatError("", f"there is no {name} in it", remedy)
+    return file
 
 
 @dataclass(frozen=True)

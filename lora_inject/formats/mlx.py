@@ -21,7 +21,7 @@ from lora_inject.core.files.strict_json import is_positive, parse_table
 from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
-from lora_inject.formats.format import Files
+from lora_inject.formats.format import Files, part_of_folder
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import matrices, plain_site, plain_sites
 
@@ -83,10 +83,8 @@ def read(path: Path, facts: ModelFacts) -> AdapterState:
 
 def _numbers(path: Path) -> tuple[int, float]:
     """Return the rank and the scale of all sites."""
-    if not (path / CONFIG).is_file():
-        remedy = "It holds the rank and the scale; give a folder that has it"
-        raise FormatError(CONFIG, "there is no such file", remedy)
-    config = parse_table((path / CONFIG).read_bytes(), CONFIG)
+    file = part_of_folder(path, CONFIG, "It holds the rank and the scale; give a folder with it")
+    config = parse_table(file.read_bytes(), CONFIG)
     if (kind := config.get("fine_tune_type", "lora")) != "lora":
         raise FormatError(CONFIG, f"fine_tune_type is {kind!r}", "Fuse it with mlx_lm.fuse")
     said = config.get("lora_parameters")

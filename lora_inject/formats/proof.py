@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -77,7 +77,7 @@ class Proof(_Strict):
     prompts: Annotated[list[list[_Index]], Field(min_length=1)]
     ahead: list[Ahead]
     vocabulary: _Index
-    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    dtype: str
     size: _Number
 
     @model_validator(mode="after")
@@ -88,6 +88,8 @@ class Proof(_Strict):
         n = sum(len(prompt) - 1 for prompt in prompts)
         if not n or not _are_even(self.values, len(strengths), n):
             raise ValueError("it has not one value for each place and strength")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"it computed in {self.dtype[:20]!r}")
         for each in self.ahead:
             inside = each.prompt < len(prompts)
             if not inside or not 0 < each.length <= len(prompts[each.prompt]):

@@ -36,7 +36,7 @@ from lora_inject.core.spec.names import parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
-from lora_inject.formats.format import Files
+from lora_inject.formats.format import Files, part_of_folder
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.fields import LoraFields, read_fields
 from lora_inject.formats.peft.foreign import Foreign
@@ -373,10 +373,9 @@ def _check_files(path: Path) -> None:
             problem += f", but in its subfolders {one_line(inside)}"
             remedy = f"Give one of them, such as the newest: '{path / inside[-1]}'"
         raise FormatError("", problem, remedy)
-    if not (path / MODEL).is_file():
-        remedy = f"Copy the whole directory; from {PICKLE}, a pickle that can run code, or from "
-        remedy += "several files PEFT makes one, where you trust it: load it and save_pretrained"
-        raise FormatError("", f"there is no {MODEL} in it", remedy)
+    remedy = f"Copy the whole directory; from {PICKLE}, a pickle that can run code, or from "
+    remedy += "several files PEFT makes one, where you trust it: load it and save_pretrained"
+    part_of_folder(path, MODEL, remedy)
 
 
 def _adapters_in(path: Path) -> list[str]:

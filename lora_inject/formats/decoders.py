@@ -1,0 +1,457 @@
+"""Llama-like decoders under other programs' names: llama.cpp's GGUF, torchtune's and litgpt's.
+
+Llama's rotary embedding rotates pairs of values. Transformers stores the first values of all pairs
+of a head, then the second ones; Meta's code, and programs that follow it, store each pair side by
+side. So these programs have the rows of q and k, and of their B, in another order.
+
+A GGUF file of llama.cpp has `blk.0.attn_q.weight.lora_a` (A), `.lora_b` (B) and one alpha for all.
+The scale is alpha over the rank of each pair, so ranks may differ; if scales would need several
+alphas, they are folded into B. The A of an embedding is transposed. Needs the package `gguf`.
+Source: llama.cpp, convert_lora_to_gguf.py, conversion/llama.py (`permute`), src/llama-adapter.cpp.
+
+torchtune's adapter checkpoint, which is only read, is the folder of `adapter_model.pt` and a
+config, with one rank and one alpha. A folder that also has `adapter_model.safetensors`, which it
+writes for models of transformers, is PEFT's.
+Source: torchtune 0.6.1, models/convert_weights.py (`tune_to_peft_adapter_weights`, `_FROM_HF`),
+training/checkpointing/_checkpointer.py, modules/peft/_utils.py.
+
+litgpt's `finetune lora` writes the folder of `lit_model.pth.lora` and `hyperparameters.yaml`. It
+has q, k and v as one layer with the A and the B of the adapted ones stacked, as in a site with
+slices. All sites have one rank and one alpha. A module is adapted in all layers or none, and so are
+the matrices of an MLP together. `litgpt merge_lora` needs the files of the base's folder
+(model_config.yaml, tokenizer) in the same folder.
+Source: litgpt 0.5.13, lora.py (`LoRAQKVLinear`), scripts/merge_lora.py,
+scripts/convert_hf_checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+
+from lora_inject.core.adapter.file_keys import one_line
+from lora_inject.core.adapter.state import AdapterState
+from lora_inject.core.files.strict_json import is_positive, parse_table
+from lora_inject.core.spec.names import leaf
+from lora_inject.errors import FormatError, within
+from lora_inject.formats.format import Files, part_of_folder
+from lora_inject.formats.model_facts import Heads, ModelFacts
+from lora_inject.formats.pairs import matrices, plain_site, plain_sites
+from lora_inject.formats.pickles import pickled, read_pickle
+
+_PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}
+_QKV = "|".join(_PARTS.values())  # litgpt's three of a layer; no module has this name
+_OUTSIDE = ("model.embed_tokens", "lm_head")
+# Transformers' name of a module, in its layer or outside of layers; llama.cpp's for most models,
+# and for those that fuse projections; torchtune's; litgpt's.
+# fmt: off
+_NAMES = {
+    "model.embed_tokens":   ("token_embd",  "token_embd",  None,               None),
+    "lm_head":              ("output",      "output",      "output",           "lm_head"),
+    "self_attn.q_proj":     ("attn_q",      None,          "attn.q_proj",      None),
+    "self_attn.k_proj":     ("attn_k",      None,          "attn.k_proj",      None),
+    "self_attn.v_proj":     ("attn_v",      None,          "attn.v_proj",      None),
+    "self_attn.qkv_proj":   (None,          "attn_qkv",    None,               None),
+    f"self_attn.{_QKV}":    (None,          None,          None,               "attn.qkv"),
+    "self_attn.o_proj":     ("attn_output", "attn_output", "attn.output_proj", "attn.proj"),
+    "mlp.gate_up_proj":     (None,          "ffn_up",      None,               None),
+    "mlp.gate_proj":        ("ffn_gate",    None,          "mlp.w1",           "mlp.fc_1"),
+    "mlp.up_proj":          ("ffn_up",      None,          "mlp.w3",           "mlp.fc_2"),
+    "mlp.down_proj":        ("ffn_down",    "ffn_down",    "mlp.w2",           "mlp.proj"),
+}
+# fmt: on
+_LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
+_MERGE = "Merge the adapter into its base instead (lora-inject merge)"
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+"""A and B by transformers' name of their module."""
+
+
+def in_pairs(rows: Tensor, n_heads: int, *, back: bool = False) -> Tensor:
+    """Return rows `(n, r)` of transformers in the order of Meta's code; `back` is the inverse.
+
+    Examples:
+        >>> rows = in_pairs(torch.arange(4)[:, None], 1)
+        >>> rows.flatten().tolist(), in_pairs(rows, 1, back=True).flatten().tolist()
+        ([0, 2, 1, 3], [0, 1, 2, 3])
+    """
+    halves = (-1, 2) if back else (2, -1)
+    return rows.reshape(n_heads, *halves, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
+
+
+class Decoder(NamedTuple):
+    """A program's keys of the A and B of a decoder's modules.
+
+    Attributes:
+        column: Where `_NAMES` has the program's names.
+        layer: The program's prefix of a layer, such as `blk.{}.`.
+        ends: The ends of the program's keys of A and B.
+        in_pairs: Whether the rows of q and k are in the order of Meta's code.
+        turned: The module whose A is stored transposed, if any.
+    """
+
+    column: int
+    layer: str
+    ends: tuple[str, str]
+    in_pairs: bool = False
+    turned: str | None = None
+
+    def stored(self, pairs: Pairs, facts: ModelFacts) -> dict[str, Tensor]:
+        """Return the tensors of a file; the base's config says how many heads q and k have."""
+        tensors = {}
+        for name, (a, b) in pairs.items():
+            with within(f"site '{name}'"):
+                key, n_heads = self.theirs(name), self._n_heads(name, facts, len(b))
+            tensors[key + self.ends[0]] = a.T if name == self.turned else a
+            tensors[key + self.ends[1]] = in_pairs(b, n_heads) if n_heads else b
+        return tensors
+
+    def read(
+        self, tensors: Mapping[str, Tensor], facts: ModelFacts, remedy: str
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the pairs of a file by transformers' names; `remedy` is for any other tensor."""
+        pairs = {}
+        for key, (a, b) in matrices(tensors, self.ends, remedy).items():
+            with within(f"'{key[:200]}'"):
+                name = self.ours(key)
+                n_heads = self._n_heads(name, facts, len(b))
+            rows = in_pairs(b, n_heads, back=True) if n_heads else b
+            pairs[name] = (a.T.contiguous() if name == self.turned else a), rows
+        return pairs
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The program's names by those of transformers."""
+        return {ours: theirs for ours, of in _NAMES.items() if (theirs := of[self.column])}
+
+    def theirs(self, name: str) -> str:
+        """Return the program's name of a module."""
+        match, part, names = _LAYER.fullmatch(name), part_of(name), self.names
+        if part not in names:
+            remedy = f"It names {one_line(names, 12)}; merge the adapter into its base instead"
+            raise FormatError("", "the format has no name for this module", remedy)
+        return (self.layer.format(match[1]) if match else "") + names[part]
+
+    def ours(self, key: str) -> str:
+        """Return transformers' name of a module of the program."""
+        names = {theirs: mine for mine, theirs in self.names.items()}
+        layer = re.escape(self.layer).replace(re.escape("{}"), r"(\d{1,4})")
+        match = re.fullmatch(layer + "(.+)", key)
+        part = key if match is None else match[2]
+        if part not in names:
+            raise FormatError("", "this module is not known", "Give an adapter of such a model")
+        return (f"model.layers.{match[1]}." if match else "") + names[part]
+
+    def _n_heads(self, name: str, facts: ModelFacts, n_rows: int) -> int:
+        """Return the number of heads of q or k if their rows are in pairs, else 0."""
+        part = part_of(name)
+        if not self.in_pairs or part not in ("self_attn.q_proj", "self_attn.k_proj"):
+            return 0
+        sizes = facts.heads("how many heads q and k have")
+        n_heads = sizes.n_heads if part == "self_attn.q_proj" else sizes.n_kv_heads
+        if n_rows != n_heads * sizes.head_dim or sizes.head_dim % 2:
+            problem = f"B has {n_rows} rows, and the base has {n_heads} heads of {sizes.head_dim}"
+            raise FormatError("", problem, "Name the base that the adapter was made for")
+        return n_heads
+
+
+def part_of(name: str) -> str:
+    """Return a module's name within its layer.
+
+    Examples:
+        >>> part_of("model.layers.3.self_attn.q_proj"), part_of("lm_head")
+        ('self_attn.q_proj', 'lm_head')
+    """
+    match = _LAYER.fullmatch(name)
+    return name if match is None else match[2]
+
+
+# llama.cpp ---------------------------------------------------------------------------------------
+
+_DTYPES = {"F32": "float32", "F16": "float16"}
+_PLAIN = Decoder(0, "blk.{}.", (".weight.lora_a", ".weight.lora_b"), turned="model.embed_tokens")
+FAMILIES = {
+    "llama": ("llama", _PLAIN._replace(in_pairs=True)),
+    "mistral": ("llama", _PLAIN._replace(in_pairs=True)),
+    "qwen2": ("qwen2", _PLAIN),
+    "qwen3": ("qwen3", _PLAIN),
+    "gemma": ("gemma", _PLAIN),
+    "gemma2": ("gemma2", _PLAIN),
+    "gemma3_text": ("gemma3", _PLAIN),
+    "phi3": ("phi3", _PLAIN._replace(column=1)),
+}
+"""llama.cpp's architecture and names by `model_type`: models whose other matrices it keeps."""
+
+
+def is_gguf(files: Files) -> bool:
+    """Whether a path is a GGUF file."""
+    if not files.path.is_file():
+        return False
+    with files.path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def write_gguf(
+    state: AdapterState, _path: Path, facts: ModelFacts, *, dtype: str | None = None
+) -> bytes:
+    """Write an adapter of linear layers and embeddings of a model of `FAMILIES` for llama.cpp.
+
+    The base's config gives its architecture, heads and ties. `dtype` is `float32`, the default,
+    or `float16`.
+    """
+    gguf = _library()
+    if dtype not in (None, "float32", "float16"):
+        raise FormatError("", f"dtype is {dtype!r}", "Give float32 or float16")
+    architecture, decoder = _family(facts)
+    kinds = ("linear", "embedding")
+    sites = plain_sites(state, "llama.cpp", kinds, dtype=dtype or "float32", alpha="one")
+    for name in filter(sites.__contains__, _OUTSIDE):
+        facts.refuse_tied(name, "llama.cpp")
+    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, facts)
+    first = next(iter(sites.values()))
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, "adapter.gguf")
+        writer = gguf.GGUFWriter(file, architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, first.scale * first.spec.rank)
+        for key, tensor in tensors.items():
+            writer.add_tensor(key, tensor.detach().cpu().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return file.read_bytes()
+
+
+def read_gguf(path: Path, facts: ModelFacts) -> AdapterState:
+    """Read an adapter for llama.cpp, under transformers' names.
+
+    The base's config gives the heads of the architecture `llama`.
+    """
+    fields, tensors = gguf_content(path)
+    types = {key: fields.get(key) for key in ("general.type", "adapter.type")}
+    if types != {"general.type": "adapter", "adapter.type": "lora"}:
+        raise FormatError("", f"it says {types}", "Give a LoRA adapter, not a model")
+    architecture = str(fields.get("general.architecture"))
+    alpha = fields.get("adapter.lora.alpha")
+    known = dict(FAMILIES.values())
+    if architecture not in known:
+        problem = f"its architecture is {architecture[:40]!r}"
+        raise FormatError("", problem, f"Supported are {', '.join(FAMILIES)}")
+    if facts.config is not None and _family(facts)[0] != architecture:
+        raise FormatError("", f"its architecture is '{architecture}'", "Name its own base")
+    if not isinstance(alpha, float):
+        raise FormatError("", f"its 'adapter.lora.alpha' is {alpha!r}", "Fetch it again")
+    decoder, remedy = known[architecture], "Norms and experts of GGUF adapters are not read"
+    sites = {}
+    for name, pair in decoder.read(tensors, facts, remedy).items():
+        kind = "embedding" if name == decoder.turned else "linear"
+        sites[name] = plain_site(name, *pair, alpha, kind)
+    return AdapterState(sites)
+
+
+def _family(facts: ModelFacts) -> tuple[str, Decoder]:
+    others = "; for others write --to portable and use llama.cpp's convert_lora_to_gguf.py"
+    return FAMILIES[facts.model_type(FAMILIES, "how llama.cpp calls its tensors", others)]
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise FormatError("", "the package gguf is missing", "Run pip install gguf") from None
+    return gguf
+
+
+def gguf_content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the scalar fields and the tensors of a file, copied."""
+    gguf = _library()
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if name.startswith(("general.", "adapter.")) and len(field.data) == 1
+        }
+        stored = {t.name: (t.tensor_type.name, t.data) for t in reader.tensors}
+    except (ValueError, KeyError, IndexError, OverflowError, TypeError, RecursionError) as error:
+        raise FormatError("", f"it is damaged ({error})"[:300], "Fetch it again") from error
+    for name, (kind, _) in stored.items():
+        if kind not in _DTYPES:
+            problem = f"'{name[:200]}' is of type {kind}"
+            raise FormatError("", problem, "Convert it with --outtype f32")
+    return fields, {n: torch.from_numpy(d.astype(_DTYPES[k])) for n, (k, d) in stored.items()}
+
+
+# torchtune ---------------------------------------------------------------------------------------
+
+_CHECKPOINTS, _CONFIG = ("adapter_model.pt", "adapter_0.pt"), "adapter_config.json"
+_TORCHTUNE = Decoder(2, "layers.{}.", (".lora_a.weight", ".lora_b.weight"))
+IN_PAIRS = {"llama": True, "mistral": True, "qwen2": False}
+"""By `model_type`: whether torchtune's rows of q and k are in pairs."""
+
+
+def is_of_torchtune(files: Files) -> bool:
+    """Whether a path is such a folder."""
+    return files.has(*_CHECKPOINTS) and not files.has("adapter_model.safetensors")
+
+
+def read_torchtune(
+    path: Path, facts: ModelFacts, *, alpha: float | None = None, allow_pickle: bool = False
+) -> AdapterState:
+    """Read an adapter checkpoint of torchtune, under transformers' names.
+
+    `alpha` is the recipe's `lora_alpha`, for folders without an adapter_config.json, `allow_pickle`
+    as in `pickles.read_pickle`.
+    """
+    there = [name for name in _CHECKPOINTS if (path / name).is_file()] or _CHECKPOINTS
+    file = part_of_folder(path, there[0], "Give the folder of an epoch")
+    tensors = read_pickle(file, allow=allow_pickle)
+    if alpha is None and (path / _CONFIG).is_file():
+        alpha = parse_table((path / _CONFIG).read_bytes(), _CONFIG).get("lora_alpha")
+    if type(alpha) not in (int, float):
+        raise FormatError("", f"no {_CONFIG} says its alpha", "Pass alpha=..., as in the recipe")
+    others = "; for others torchtune writes PEFT folders"
+    kind = facts.model_type(IN_PAIRS, "the order of the rows of q and k", others)
+    decoder, remedy = _TORCHTUNE._replace(in_pairs=IN_PAIRS[kind]), "DoRA and modules of several "
+    pairs = decoder.read(tensors, facts, f"{remedy}parts are not read")
+    return AdapterState({n: plain_site(n, a, b, alpha) for n, (a, b) in pairs.items()})
+
+
+# litgpt ------------------------------------------------------------------------------------------
+
+_FILE, _SAID = "lit_model.pth.lora", "hyperparameters.yaml"
+_LITGPT = Decoder(3, "transformer.h.{}.", (".lora_A", ".lora_B"))
+MODEL_TYPES = ("llama", "mistral", "gemma", "gemma2")
+"""Models whose MLP and attention litgpt converts so."""
+
+
+def is_of_litgpt(files: Files) -> bool:
+    """Whether a path is such a folder, or its pickle, which is known by its name."""
+    return files.has(_FILE) or files.path.name == _FILE
+
+
+def write_litgpt(
+    state: AdapterState, _path: Path, facts: ModelFacts, *, dtype: str | None = None
+) -> dict[str, bytes]:
+    """Write an adapter of linear layers as litgpt's `finetune lora` does.
+
+    The base's config gives its model_type and heads; `base_model` is litgpt's folder of the base.
+    """
+    kinds = ("linear",)
+    sites = plain_sites(state, "litgpt", kinds, dtype=dtype, one_rank=True, alpha="one")
+    sizes = _base(facts)
+    _check_whole(sites, sizes.n_layers)
+    pairs = _fused({n: (s.A, s.B) for n, s in sites.items()}, sizes)
+    first, ends = next(iter(sites.values())), {leaf(name) for name in sites}
+    said = {
+        "checkpoint_dir": facts.base_model or "",
+        "lora_r": first.spec.rank,
+        "lora_alpha": first.scale * first.spec.rank,
+        "lora_dropout": 0.0,
+        **{flag: end in ends for flag, end in _PARTS.items()},
+        "lora_projection": "o_proj" in ends,
+        "lora_mlp": "down_proj" in ends,
+        "lora_head": "lm_head" in ends,
+    }
+    text = yaml.safe_dump(said, sort_keys=False)  # as `merge_lora` reads it
+    return {_FILE: pickled(_LITGPT.stored(pairs, facts), "model"), _SAID: text.encode()}
+
+
+def _check_whole(names: Collection[str], n_layers: int) -> None:
+    """Refuse an adapter of a module in some layers, or of a part of an MLP."""
+    parts = {part_of(name) for name in names if _LAYER.fullmatch(name)}
+    due = [f"model.layers.{i}.{part}" for i in range(n_layers) for part in sorted(parts)]
+    mlp = {part for part in parts if part.startswith("mlp.")}
+    if missing := [name for name in due if name not in names]:
+        problem = f"litgpt adapts a module in all layers, and {one_line(missing)} have no update"
+        raise FormatError("", problem, _MERGE)
+    if len(mlp) in (1, 2):
+        problem = "litgpt adapts gate, up and down of an MLP together, and there is "
+        raise FormatError("", problem + one_line(mlp), _MERGE)
+
+
+def _fused(pairs: Pairs, sizes: Heads) -> Pairs:
+    """Stack q, k and v of each layer, in this order."""
+    fused = dict(pairs)
+    several: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for end in _PARTS.values():
+        for name, (_, b) in pairs.items():
+            if name.endswith(f"self_attn.{end}"):
+                if len(b) != _width(end, sizes):
+                    what = f"B has {len(b)} rows, and the base's {end} {_width(end, sizes)}"
+                    remedy = "Name the base that the adapter was made for"
+                    raise FormatError(f"site '{name}'", what, remedy)
+                several.setdefault(name.removesuffix(end) + _QKV, []).append(fused.pop(name))
+    for name, parts in several.items():
+        A, B = zip(*parts, strict=True)
+        fused[name] = torch.cat(A), torch.cat(B)
+    return fused
+
+
+def _width(end: str, sizes: Heads) -> int:
+    return (sizes.n_heads if end == "q_proj" else sizes.n_kv_heads) * sizes.head_dim
+
+
+def read_litgpt(path: Path, facts: ModelFacts, *, allow_pickle: bool = False) -> AdapterState:
+    """Read an adapter of litgpt, under transformers' names.
+
+    The base's config, in transformers' form, gives its heads. `allow_pickle` is as in
+    `pickles.read_pickle`.
+    """
+    said = _hyperparameters(path)
+    tensors = read_pickle(path / _FILE, allow=allow_pickle, inside="model")
+    sizes = _base(facts)
+    sites = {}
+    for fused, pair in _LITGPT.read(tensors, facts, "Give a LoRA of litgpt").items():
+        for name, a, b in _split(fused, *pair, said, sizes):
+            sites[name] = plain_site(name, a, b, said["lora_alpha"])
+            if len(a) != said["lora_r"]:
+                problem = f"its rank is {len(a)}, {_SAID} says {said['lora_r']}"
+                raise FormatError(f"site '{name}'", problem, "The two do not belong together")
+    return AdapterState(sites)
+
+
+def _split(
+    name: str, a: Tensor, b: Tensor, said: Mapping[str, Any], sizes: Heads
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the pairs of q, k and v in their fused layer; those of another as they are."""
+    if not name.endswith(_QKV):
+        yield name, a, b
+        return
+    adapted = [end for flag, end in _PARTS.items() if said.get(flag)]
+    widths = [_width(end, sizes) for end in adapted]
+    if not adapted or len(a) != len(adapted) * b.shape[1] or sum(widths) != len(b):
+        problem = f"A has {len(a)} rows and B {len(b)}, which are not those of {adapted}"
+        remedy = f"Restore {_SAID}, or name the adapter's own base"
+        raise FormatError(f"'{name[:200]}'", problem, remedy)
+    pieces = zip(adapted, a.chunk(len(adapted)), torch.split(b, widths), strict=True)
+    for end, one_a, one_b in pieces:
+        yield name.removesuffix(_QKV) + end, one_a.clone(), one_b.clone()
+
+
+def _hyperparameters(path: Path) -> Mapping[str, Any]:
+    """Return the contents of `hyperparameters.yaml`, as plain data."""
+    file = part_of_folder(path, _SAID, "It holds the rank and the alpha; give a folder with it")
+    try:
+        said: Any = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = f"it is not valid YAML ({error})"[:300]
+        raise FormatError(_SAID, problem, "Fetch it again") from error
+    fields: dict[str, Any] = said if isinstance(said, dict) else {}
+    for field in ("lora_r", "lora_alpha"):
+        if not is_positive(number := fields.get(field)):
+            raise FormatError(_SAID, f"{field} is {str(number)[:40]!r}", "Correct the file")
+    return fields
+
+
+def _base(facts: ModelFacts) -> Heads:
+    facts.model_type(MODEL_TYPES, "how wide q, k and v are")
+    return facts.heads("")
