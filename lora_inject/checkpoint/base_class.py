@@ -18,8 +18,8 @@ from lora_inject.checkpoint.index import Checkpoint, changed_config
 from lora_inject.core.files.safetensors_file import TensorEntry
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.checkpoint_names import names_on_disk
-from lora_inject.formats.live_models import facts_of_model
-from lora_inject.formats.model_facts import ModelFacts, is_transformers_4
+from lora_inject.formats.live_models import facts_of_model, is_transformers_4
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.older_names import PlaceInClass, places_in_class
 
 UNTIED = {"tie_word_embeddings": False}

@@ -25,7 +25,7 @@ from lora_inject.core.spec.patterns import matching
 from lora_inject.core.spec.reading import read_text
 from lora_inject.core.spec.resolve import linear_layers
 from lora_inject.errors import ConfigError, FormatError, user_path
-from lora_inject.formats.model_facts import expert_names
+from lora_inject.formats.live_models import expert_names
 from lora_inject.formats.peft.fields import HEADS, LoraFields, read_fields, whole
 
 _INITS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}

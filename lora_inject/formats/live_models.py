@@ -28,8 +28,9 @@ from lora_inject.core.spec.names import leaf
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats.exchange import DEFAULT
-from lora_inject.formats.model_facts import ModelFacts, expert_names, is_transformers_4
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.folder import check_sites
+from lora_inject.private import look_up
 
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _NOT_IN_MAMBA = {"out_proj", "conv1d"}
@@ -69,6 +70,50 @@ def facts_of_model(
         task_type=_task_type(model, model_type),
         unfit=lambda name: _why_unfit(model_type, modules.get(name), name),
     )
+
+
+def is_transformers_4() -> bool:
+    """Whether the transformers here is of version 4, whose classes say less about themselves.
+
+    No class states how its stacks of experts are stored, and one whose config says that its ends
+    are not tied may leave embeddings without values.
+    """
+    library: Any = sys.modules.get("transformers")
+    return library is not None and int(library.__version__.partition(".")[0]) < 5
+
+
+# peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).
+_EXPERT_NAMES: dict[str | None, dict[str, str]] = {
+    "qwen2_moe": {
+        "gate": "gate.weight",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+        "down_proj": "down_proj",
+    },
+    "mixtral": {
+        "gate": "gate.weight",
+        "w1": "gate_up_proj",
+        "w2": "down_proj",
+        "w3": "gate_up_proj",
+    },
+}
+
+
+def expert_names(model: nn.Module) -> dict[str, str]:
+    """Return what PEFT on transformers 5 takes for experts in any `target_modules` of a model.
+
+    It renames the targets of adapters from before transformers 5, where experts were modules, by
+    the model's type alone. Dense layers of the same names get no adapter then. The new name of each
+    is that of a parameter.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None or "transformers" not in sys.modules:
+        return {}
+    table = look_up("transformers.conversion_mapping._MODEL_TO_CONVERSION_PATTERN")
+    if table is None:
+        return {}  # transformers 4 has no stacked experts, and PEFT renames nothing
+    family = "mixtral" if model_type == "mixtral" else table.get(model_type)
+    return _EXPERT_NAMES.get(family, {})
 
 
 def _transposed(modules: Mapping[str, nn.Module]) -> Iterator[str]:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from lora_inject.core.spec.names import leaf, parent
 from lora_inject.errors import FormatError
-from lora_inject.private import look_up
 
 CONVERT = "Convert it with its base: lora-inject convert ADAPTER OUT --to FORMAT --base BASE"
 
 _NO_CONFIG = f"{CONVERT} (in Python, pass config=, what its config.json holds)"
-
-
-def is_transformers_4() -> bool:
-    """Whether the transformers here is of version 4, whose classes say less about themselves.
-
-    No class states how its stacks of experts are stored, and one whose config says that its ends
-    are not tied may leave embeddings without values.
-    """
-    library: Any = sys.modules.get("transformers")
-    return library is not None and int(library.__version__.partition(".")[0]) < 5
 
 
 class Heads(NamedTuple):
@@ -141,36 +127,3 @@ class ModelFacts:
 
 Stated = ModelFacts | Callable[[], ModelFacts] | None
 """Facts, or a function that says them where a format asks."""
-
-# peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).
-_EXPERT_NAMES: dict[str | None, dict[str, str]] = {
-    "qwen2_moe": {
-        "gate": "gate.weight",
-        "gate_proj": "gate_up_proj",
-        "up_proj": "gate_up_proj",
-        "down_proj": "down_proj",
-    },
-    "mixtral": {
-        "gate": "gate.weight",
-        "w1": "gate_up_proj",
-        "w2": "down_proj",
-        "w3": "gate_up_proj",
-    },
-}
-
-
-def expert_names(model: nn.Module) -> dict[str, str]:
-    """Return what PEFT on transformers 5 takes for experts in any `target_modules` of a model.
-
-    It renames the targets of adapters from before transformers 5, where experts were modules, by
-    the model's type alone. Dense layers of the same names get no adapter then. The new name of each
-    is that of a parameter.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type is None or "transformers" not in sys.modules:
-        return {}
-    table = look_up("transformers.conversion_mapping._MODEL_TO_CONVERSION_PATTERN")
-    if table is None:
-        return {}  # transformers 4 has no stacked experts, and PEFT renames nothing
-    family = "mixtral" if model_type == "mixtral" else table.get(model_type)
-    return _EXPERT_NAMES.get(family, {})

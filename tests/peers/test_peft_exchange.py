@@ -338,6 +338,9 @@ def test_attention_is_not_exchanged_with_peft_which_adds_an_update_twice(tmp_pat
     model = li.inject(OWN["mha"].build(), {"rank": 2, "targets": both})
     with refused(li.FormatError, "'mha.out_proj'", "native"):
         li.save_adapter(model, tmp_path / "a")
+    model = li.inject(OWN["mha"].build(), {"rank": 2, "targets": ["out_proj"]})
+    with refused(li.FormatError, "'mha.out_proj'", "native"):  # it uses PEFT's layers
+        li.save_adapter(model, tmp_path / "a", format="diffusers", component="unet")
     of_peft(OWN["mha"].build(), tmp_path / "theirs", on("mha"))
     with refused(li.FormatError, "'mha.base_layer.out_proj'", "MultiheadAttention"):
         li.read_adapter(tmp_path / "theirs")

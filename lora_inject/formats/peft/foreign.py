@@ -327,7 +327,8 @@ def _with_plain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         remedy = "The file was put together by hand; give all tensors the prefix"
         raise _error("", what, remedy)
     for key, tensor in tensors.items():
-        name = _DEFAULT.sub(r"\1", bare[key].removeprefix(PREFIX))
+        name = bare[key].removeprefix(PREFIX)
+        name = _DEFAULT.sub(r"\1", name) if ".default" in name else name
         if name in plain:
             raise _error("", f"the file holds '{name[:200]}' a second time")
         plain[name] = tensor
