@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,12 +26,11 @@ Revert = Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
 
 def knows_names(model: nn.Module) -> bool:
     """Whether `as_on_disk` can be asked: a model of transformers 5 that is not quantized."""
-    library = sys.modules.get("transformers")
-    if library is None or not isinstance(model, library.PreTrainedModel):
+    try:
+        _revert_for(model)
+    except LayerError:
         return False
-    return find_spec("transformers.core_model_loading") is not None and not any(
-        is_quantized(parameter) for parameter in model.parameters()
-    )
+    return not any(is_quantized(parameter) for parameter in model.parameters())
 
 
 def names_on_disk(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -99,7 +99,7 @@ class OlderNames(Library):
             return state
         try:
             place = places_in_class(model, weights)
-        except (ImportError, AttributeError):
+        except AttributeError:
             return state
         return _in_places(place, state, weights)
 

@@ -18,7 +18,7 @@ from typing import Annotated, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_inject.core.files.strict_json import parse_json
+from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.files.tensors import is_safetensors, read_names
 from lora_inject.errors import FormatError, user_path
 from lora_inject.formats.pairs import DTYPES
@@ -158,9 +158,8 @@ def parse_proof(metadata: Mapping[str, str], asked: str) -> Proof:
     if KEY not in metadata:
         remedy = "Save the adapter with one: save_adapter(model, path, probe=batch)"
         raise FormatError(asked, "it holds no proof of behavior", remedy)
-    plain = parse_json(metadata[KEY], asked)
-    version = plain.get("version") if isinstance(plain, dict) else None
-    if version != VERSION:
+    plain = parse_table(metadata[KEY], asked)
+    if (version := plain.get("version")) != VERSION:
         problem = f"its proof has version {str(version)[:20]}, and this package reads {VERSION}"
         raise FormatError(asked, problem, "Install a newer lora-inject, or save the adapter again")
     if plain.get("prompts") == []:  # as earlier versions wrote them

@@ -211,8 +211,7 @@ def _is_of_unsloth(config: Mapping[str, Any]) -> bool:
 
 def _edited(config: Mapping[str, Any], header: Mapping[str, str]) -> list[str]:
     """Return the fields that mean something else now than when the tensors were written."""
-    written = parse_json(header.get(CONFIG_KEY, "{}"), f"metadata {CONFIG_KEY!r}")
-    written = written if isinstance(written, dict) else {}
+    written = parse_table(header.get(CONFIG_KEY, "{}"), f"metadata {CONFIG_KEY!r}")
     return [
         name for name in _MEANINGS if _meant(config.get(name)) != _meant(written.get(PREFIX + name))
     ]
