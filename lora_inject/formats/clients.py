@@ -34,7 +34,7 @@ from lora_inject.formats.exchange import detected
 from lora_inject.formats.format import Files, part_of_folder
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields, read_fields
-from lora_inject.formats.peft.folder import CONFIG, CONFIG_KEY, MODEL
+from lora_inject.formats.peft.folder import CONFIG, CONFIG_KEY, MODEL, opened
 from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.formats.single_experts import (
     as_single_experts,
@@ -56,7 +56,6 @@ _COMFYUI_LACKS = re.compile(
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Models whose stacks of experts vLLM adapts as PEFT stacks them (`is_3d_moe_weight`).
 VLLM_STACKS = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
-_FILES = {"peft": MODEL, "mlx": mlx.FILE, "diffusers": pipelines.FILE}
 
 
 @dataclass(frozen=True)
@@ -132,20 +131,20 @@ class Checked:
         return said if self.fields.target_parameters and rank % said == 0 else rank
 
     def _read(self) -> None:
-        is_folder = self.layout in ("peft", "mlx")
-        file = self.path / _FILES.get(self.layout, "") if self.path.is_dir() else self.path
-        if is_folder:
-            config = part_of_folder(self.path, CONFIG)
-            self.config = parse_table(config.read_bytes(), CONFIG)
-            part_of_folder(self.path, file.name)
-        if self.config.get("peft_type") == "LORA":
-            self.fields = read_fields(self.config, CONFIG, allow={*self.config})
+        inside = {"mlx": mlx.FILE, "diffusers": pipelines.FILE}.get(self.layout, "")
+        file = self.path / inside if self.path.is_dir() else self.path
         self.tensors: Mapping[str, Tensor] = {}
         self.metadata: Mapping[str, str] = {}
-        if self.layout == "gguf":
+        if self.layout == "peft":
+            self.config, self.tensors, self.metadata = opened(self.path)
+        elif self.layout == "gguf":
             self.tensors = gguf_content(file)[1]
         elif is_safetensors(file):
             self.tensors, self.metadata = read_tensors(file)
+        if self.layout == "mlx":
+            self.config = parse_table(part_of_folder(self.path, CONFIG).read_bytes(), CONFIG)
+        if self.config.get("peft_type") == "LORA":
+            self.fields = read_fields(self.config, CONFIG, allow={*self.config})
 
 
 def objections(path: Path, client: str, facts: ModelFacts) -> list[Objection]:

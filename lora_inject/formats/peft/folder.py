@@ -172,11 +172,9 @@ def read(path: Path, facts: ModelFacts, *, allow: Collection[str] = ()) -> Adapt
     Raises:
         FormatError: The files are incomplete, contradictory or of a kind that cannot be read right.
     """
-    _check_files(path)
+    config, tensors, text = opened(path)
     with within(CONFIG):
-        config = parse_table((path / CONFIG).read_bytes(), "")
         fields = _fields_of_file(config, allow)
-    tensors, text = read_tensors(path / MODEL)
     tensors = as_single_experts(tensors, config)
     if is_native(text, "peft"):
         with within(MODEL):
@@ -361,20 +359,19 @@ def detects(files: Files) -> bool:
     return files.has(CONFIG, MODEL, PICKLE) or bool(_adapters_in(files.path))
 
 
-def _check_files(path: Path) -> None:
-    """Refuse a path that is not a directory with a config and tensors."""
+def opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Return the config of a directory, its tensors, and the text of their header."""
     if not path.is_dir():
         problem = f"there is no {CONFIG} beside it, which holds the alpha"
         raise FormatError("", problem, f"Fetch that, and give the folder with it and {MODEL}")
-    if not (path / CONFIG).is_file():
-        problem, remedy = f"there is no {CONFIG} in it", "Check the path"
-        if inside := _adapters_in(path):
-            problem += f", but in its subfolders {one_line(inside)}"
-            remedy = f"Give one of them, such as the newest: '{path / inside[-1]}'"
-        raise FormatError("", problem, remedy)
+    remedy = "Check the path"
+    if inside := _adapters_in(path):
+        remedy = f"Give one of its subfolders {one_line(inside)}; the newest: '{path / inside[-1]}'"
+    config = part_of_folder(path, CONFIG, remedy)
     remedy = f"Copy the whole directory; from {PICKLE}, a pickle that can run code, or from "
     remedy += "several files PEFT makes one, where you trust it: load it and save_pretrained"
-    part_of_folder(path, MODEL, remedy)
+    model = part_of_folder(path, MODEL, remedy)
+    return (parse_table(config.read_bytes(), CONFIG), *read_tensors(model))
 
 
 def _adapters_in(path: Path) -> list[str]:
