@@ -45,8 +45,8 @@ check python "${tests[@]}" --durations=15 -rfE -m "not zoo" "$@"
 if [[ $newest ]] && ((status == 0 && $# == 0)) && [[ $("$venv/bin/python" --version) == *" 3.11."* ]]; then
     {
         sed '/^#/!d' scripts/constraints.txt
-        "$venv/bin/python" -m pip list --format freeze | sed 's/+.*//' |
-            grep -Ev '^(nvidia-|cuda-|triton=|lora.inject=|pip=|setuptools=|uv=|llm.smol|gt.all.)' | LC_ALL=C sort -f
+        "$venv/bin/python" -m pip list --format freeze | tr A-Z_ a-z- | sed 's/+.*//' |
+            grep -Ev '^(nvidia-|cuda-|triton=|lora-inject=|pip=|setuptools=|uv=|llm-smol|gt-all-)' | LC_ALL=C sort -t= -k1,1
     } >constraints.new
     mv constraints.new scripts/constraints.txt
 fi
