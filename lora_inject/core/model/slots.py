@@ -62,7 +62,7 @@ def reserve(model: M, name: str = "slot", *, rank: int, targets: Targets = ("all
         >>> tuple(adapter_state(net, "slot").sites["0"].A.shape)
         (8, 4)
     """
-    config = Config.from_dict({"rank": rank, "alpha": rank, "targets": [*targets]})
+    config = Config.from_dict({"rank": rank, "alpha": rank, "targets": targets})
     sites = {}
     for spec in plan(model, config).sites:
         is_plain = spec.slices is None and spec.variant == "lora" and not spec.lora_bias

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -53,8 +53,7 @@ def named(
     names = list(names)
     chosen: dict[str, None] = {}
     modules = [*names, *around(names)]
-    for pattern in patterns:
-        check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
+    for pattern in in_a_list(patterns, asked, error):
         below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=error))
         matched = dict.fromkeys(name for name in names if name in below)
         if not matched:
@@ -62,6 +61,17 @@ def named(
             raise error(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
         chosen |= matched
     return {name: None for name in names if name in chosen}
+
+
+def in_a_list(
+    patterns: Iterable[str], asked: str, error: type[LoraInjectError] = StateError
+) -> Iterator[str]:
+    """Yield the patterns of a list; a string by itself would be one pattern for each letter."""
+    kind = list if isinstance(patterns, str) else Iterable
+    check_type(asked, patterns, kind, "Give a list of patterns", error)
+    for pattern in patterns:
+        check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
+        yield pattern
 
 
 def checked_regex(text: str) -> str:
