@@ -130,7 +130,7 @@ def nearest(word: str, words: Iterable[str], n: int = 3) -> list[str]:
     r"""Return up to `n` of `words` that end in what is spelled most like a word or a pattern.
 
     Best first, possibly none: below a likeness of 0.65 a suggestion misleads ('corda' is not
-    'olora'). Of names that differ in numbers only, the first.
+    'olora'). Of names that differ in numbers or in case only, the first.
 
     Examples:
         >>> nearest(r"attn\.(q|v)_prj", ["h.0.attn.q_proj", "h.1.attn.q_proj", "norm"])
@@ -138,17 +138,17 @@ def nearest(word: str, words: Iterable[str], n: int = 3) -> list[str]:
     """
     plain = re.sub(r"\\d[+*]?|\[0-9\][+*]?", "0", word)
     plain = re.sub(r"\(([^()|]*)(?:\|[^()]*)?\)", r"\1", re.sub(r"\.[+*]\??", "", plain))
-    plain = re.sub(r"[\\^$()+*?]", "", plain).strip(".")
+    plain = re.sub(r"[\\^$()+*?]", "", plain).strip(".").lower()
     ends: dict[str, str] = {}
     for name in words:
         end = name.split(".")[-1 - plain.count(".") :]
-        ends.setdefault(re.sub(r"\d+", "0", ".".join(end)), name)
+        ends.setdefault(re.sub(r"\d+", "0", ".".join(end)).lower(), name)
     close = [ends[end] for end in difflib.get_close_matches(plain, ends, n, cutoff=0.65)]
     if close or "." not in plain:
         return close
     # Where a segment is missing the last one tells, if it is misspelled itself.
     last = leaf(plain)
-    return nearest(last, [name for name in ends.values() if leaf(name) != last], n)
+    return nearest(last, [name for name in ends.values() if leaf(name).lower() != last], n)
 
 
 def meant(word: str, words: Iterable[str]) -> str:

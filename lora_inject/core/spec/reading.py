@@ -335,10 +335,11 @@ def _explained(detail: ErrorDetails, path: Loc, cls: type[Strict]) -> tuple[str,
         return f"unknown key {show(path[-1])}", remedy
     if kind == "missing":
         return f"'{detail['loc'][-1]}' is missing", f"Add {detail['loc'][-1]}: with its value"
+    remedy = detail["msg"]
     if kind == "literal_error" and isinstance(value, str):
         choices = re.findall(r"'(\w+)'", str(detail["ctx"]["expected"]))
-        return f"{show(value)} is not accepted", meant(value, choices)
-    return f"{show(value)} is not accepted", detail["msg"]
+        remedy = meant(value, choices) if choices else remedy
+    return f"{show(value)} is not accepted", remedy
 
 
 def _other_key(path: Loc, models: Mapping[str, type[BaseModel]]) -> str:
