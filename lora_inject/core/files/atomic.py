@@ -70,12 +70,7 @@ def _write(target: Path, content: bytes | Mapping[str, bytes], *, overwrite: boo
             return target
         try:
             check_free(target, overwrite=overwrite)
-        except FormatError:  # another process may have written it just now
-            if _holds(target, content):
-                return target
-            raise
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
                 write_new(temporary, content)
                 (os.replace if overwrite else _link)(temporary, target)
@@ -86,7 +81,7 @@ def _write(target: Path, content: bytes | Mapping[str, bytes], *, overwrite: boo
                 fsync_dir(temporary)
                 with out_of_the_way(target) if overwrite else contextlib.nullcontext():
                     rename_folder(temporary, target)
-        except OSError:  # of several that write at once, one succeeds
+        except (FormatError, OSError):  # of several that write at once, one succeeds
             if not _holds(target, content):
                 check_free(target, overwrite=overwrite)
                 raise

@@ -62,9 +62,7 @@ def train_only(model: M, names: str | Iterable[str] | None) -> M:
         >>> [key for key, parameter in net.named_parameters() if parameter.requires_grad]
         ['0.lora_A__sql', '0.lora_B__sql']
     """
-    listed: Any = [] if names is None else names
-    if isinstance(names, str):
-        listed = [names]
+    listed = [names] if isinstance(names, str) else [] if names is None else names
     check_type("train_only", listed, Iterable, "Give a name, several, or None")
     survey = Injected(model, "train_only")
     wanted = check_names(survey.root, listed, "train_only")

@@ -175,16 +175,6 @@ class Active(Strict):
     """The rank of all of these together, divided by their number."""
 
 
-def slice_names(slices: Any) -> tuple[str, ...]:
-    """Return the names of slices in the order of the output; empty without slices.
-
-    Examples:
-        >>> slice_names(("q", "k")), slice_names((("q", 8), ("k", 4)))
-        (('q', 'k'), ('q', 'k'))
-    """
-    return tuple(part if isinstance(part, str) else part[0] for part in slices or ())
-
-
 class Rule(Strict):
     r"""One entry of `targets`: what it matches, and values that differ from the config's.
 
@@ -230,6 +220,11 @@ class Rule(Strict):
     (out, in), used as x @ W.T (Mixtral, Qwen); in_out if (in, out), used as x @ W (GPT-OSS,
     Llama 4); or the axes of one matrix, {in: [0], out: [1, 2]}."""
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """The slices in the order of the output, with their widths; 0 of equal parts."""
+        return dict((part, 0) if isinstance(part, str) else part for part in self.slices or ())
+
     @model_validator(mode="before")
     @classmethod
     def _from_pattern(cls, data: Any) -> Any:
@@ -242,7 +237,7 @@ class Rule(Strict):
 
     @model_validator(mode="after")
     def _has_parts_that_fit(self) -> Self:
-        names = slice_names(self.slices)
+        names = self.widths
         if names and not self.adapt:
             remedy = f"Add adapt: with some of {', '.join(names)}"
             raise ValueError("slices are given, but not which of them to adapt", remedy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lora_inject.core.spec.config import Axes, Rule, slice_names
+from lora_inject.core.spec.config import Axes, Rule
 from lora_inject.core.spec.expert_profile import ExpertProfile
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import quoted, templates
@@ -76,19 +76,19 @@ def sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Sli
         what = "a stack of matrices" if shape.experts else f"of kind {candidate.kind}"
         remedy = "Slices are for linear layers, Conv1D and 2-d parameters"
         raise MatchError(asked, f"slices, but it is {what}", remedy)
-    names, width = slice_names(rule.slices), shape.out_features
-    parts: Any = rule.slices  # names, or names with widths
-    sizes = tuple((part[0], part[1]) for part in parts if isinstance(part, tuple))
-    if not sizes and width % len(names):
-        problem = f"{len(names)} equal slices, but {width:,} outputs do not divide"
-        raise MatchError(asked, problem, f"Give the widths: {{{names[0]}: ..., ...}}")
-    sizes = sizes or tuple((name, width // len(names)) for name in names)
-    total = sum(size for _, size in sizes)
+    sizes, width = rule.widths, shape.out_features
+    if not all(sizes.values()):
+        each, rest = divmod(width, len(sizes))
+        if rest:
+            problem = f"{len(sizes)} equal slices, but {width:,} outputs do not divide"
+            raise MatchError(asked, problem, f"Give the widths: {{{next(iter(sizes))}: ..., ...}}")
+        sizes = dict.fromkeys(sizes, each)
+    total = sum(sizes.values())
     if total != width:
-        listed = " + ".join(f"{size:,}" for _, size in sizes)
+        listed = " + ".join(f"{size:,}" for size in sizes.values())
         problem = f"slices of {listed} = {total:,}, but it has {width:,} outputs"
         raise MatchError(asked, problem, "Give the widths along its output")
-    return Slices(sizes, tuple(name for name in names if name in rule.adapt))
+    return Slices(tuple(sizes.items()), tuple(name for name in sizes if name in rule.adapt))
 
 
 # ----------------------------------------------------------------------------------------- experts
