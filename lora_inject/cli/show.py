@@ -45,12 +45,12 @@ def note(text: str) -> None:
     say(text, err=True)
 
 
-def print_json(data: Any) -> None:
+def print_json(data: object) -> None:
     """Print plain data as JSON, with null for numbers that are not finite."""
     _write(json.dumps(_finite(data), indent=2, allow_nan=False))
 
 
-def _finite(data: Any) -> Any:
+def _finite(data: object) -> object:
     if isinstance(data, Mapping):
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):

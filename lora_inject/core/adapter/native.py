@@ -155,7 +155,7 @@ def describe(state: AdapterState, layout: str) -> dict[str, str]:
     The fields that sites share are stated once, as a kind: thousands of sites have only a few
     kinds.
     """
-    kinds: dict[tuple[Any, ...], int] = {}
+    kinds: dict[tuple[object, ...], int] = {}
     sites = {}
     for spec in (site.spec for site in state.sites.values()):
         number = kinds.setdefault(_fields_of(spec), len(kinds))
@@ -216,7 +216,7 @@ def parse(metadata: Mapping[str, str]) -> Described:
 # most of the time to parse it.
 
 
-def _plain(known: Sampled) -> tuple[Any, ...]:
+def _plain(known: Sampled) -> _Sampled:
     shape, values, packed, moved = known
     text = None
     if values is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +93,7 @@ class SiteState(Comparable):
         return f"SiteState({spec.name!r}, {spec.kind}, {widths}, rank {spec.rank})"
 
 
-def same(one: Any, other: Any) -> bool:
+def same(one: object, other: object) -> bool:
     """Whether two values are equal, with tensors in mappings compared bit for bit."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         alike = (one.dtype, one.shape, one.is_meta) == (other.dtype, other.shape, other.is_meta)

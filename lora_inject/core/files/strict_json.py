@@ -47,12 +47,12 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
-def is_positive(value: Any) -> bool:
+def is_positive(value: object) -> bool:
     """Whether a parsed value is a number above 0 that float32 can hold; true is not."""
-    return type(value) in (int, float) and 0 < value <= 1e38
+    return isinstance(value, int | float) and value is not True and 0 < value <= 1e38
 
 
-def misfit(value: Any, form: TypeAdapter[Any]) -> str:
+def misfit(value: object, form: TypeAdapter[Any]) -> str:
     """Return where a parsed value is not of a form, strictly; "" if it is.
 
     Examples:

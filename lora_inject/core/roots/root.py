@@ -13,6 +13,7 @@ import functools
 import gc
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -33,7 +34,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _ROOTS: WeakSet[nn.Module] = WeakSet()
 """The roots of the process that a verb has seen."""
 
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_LOCKS: WeakKeyDictionary[nn.Module, AbstractContextManager[bool]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -201,7 +202,7 @@ def _refuse_lost(adapter: Adapter, there: Collection[int], asked: str) -> None:
             raise StateError(asked, f"{problem}the model any more", remedy)
 
 
-def lock_of(root: nn.Module) -> Any:
+def lock_of(root: nn.Module) -> AbstractContextManager[bool]:
     """Return what one thread at a time holds while it changes an injected model.
 
     So what a verb has found holds until it acts.

@@ -48,12 +48,12 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
-def _read_layers(value: Any) -> tuple[Any, ...]:
+def _read_layers(value: object) -> tuple[object, ...]:
     layers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return layers or (layer_range(value),)  # which refuses an empty list
 
 
-def _check_distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
+def _check_distinct(names: tuple[object, ...]) -> tuple[object, ...]:
     if len(set(names)) < len(names):
         raise ValueError(f"{show(list(names))} has a repeated entry", "Write each once")
     return names
@@ -65,7 +65,7 @@ def _check_variant(name: str) -> str:
     return name
 
 
-def _read_list(value: Any) -> Any:
+def _read_list(value: object) -> tuple[object, ...]:
     if not isinstance(value, (list, tuple)):  # a set has no order
         raise ValueError(f"{show(value)} is not a list", f"Write a list: [{value}]")  # noqa: TRY004
     return tuple(value)
@@ -227,7 +227,7 @@ class Rule(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_pattern(cls, data: Any) -> Any:
+    def _from_pattern(cls, data: object) -> object:
         if isinstance(data, str):
             return {"match": data}
         if not isinstance(data, (Mapping, Rule)):
@@ -440,5 +440,5 @@ class _FileSchema(GenerateJsonSchema):
             del made["default"]
         return made
 
-    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  (pydantic's)
+    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002  (pydantic's)
         return False

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Segments of names that stand for no module of the user's: of torch's compiler, of FSDP1 and of
@@ -106,7 +105,7 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """Return a value as the user would recognize it, short and printable."""
     text = f"'{value}'" if isinstance(value, str) else repr(value)
     return printable(text if len(text) <= 60 else f"{text[:57]}...")

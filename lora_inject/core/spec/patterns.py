@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
 from lora_inject.core.spec.names import Below, around, first_number, nearest, show
 from lora_inject.errors import LoraInjectError, MatchError, StateError, check_type
@@ -107,7 +106,7 @@ def at_the_end(pattern: str) -> str:
 # ------------------------------------------------------------------------------------------ layers
 
 
-def layer_range(value: Any) -> str:
+def layer_range(value: object) -> str:
     """Return a range as text, `4` or `16-31`; raise ValueError(found, remedy) for other values."""
     text = str(value) if type(value) is int else value
     match = re.fullmatch(rf"({INDEX})(?:-({INDEX}))?", text) if isinstance(text, str) else None

@@ -106,7 +106,7 @@ class YamlModel(Strict):
         return cls._validated(dict(data) if isinstance(data, Mapping) else data)
 
     @classmethod
-    def _validated(cls, data: Any, source: str = "", root: yaml.Node | None = None) -> Self:
+    def _validated(cls, data: object, source: str = "", root: yaml.Node | None = None) -> Self:
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -164,7 +164,7 @@ _PLAIN = {
 class _Loader(yaml.SafeLoader):
     """Reads words and numbers of YAML 1.2; refuses tags, a key twice, keys without a value."""
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Raise for a tag: what PyYAML makes of `!!int` or `!!bool x` is an error of Python."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         tag = getattr(event, "tag", None)
@@ -193,7 +193,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.1 or 1.2 would read as something else; never writes aliases."""
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  (PyYAML's signature)
+    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002  (PyYAML's signature)
         """Write every value out."""
         return True
 
@@ -267,7 +267,7 @@ _ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others
 def in_words(
     error: ValidationError,
     cls: type[Strict],
-    data: Any,
+    data: object,
     source: str = "",
     root: yaml.Node | None = None,
 ) -> ConfigError:
@@ -306,7 +306,7 @@ def in_words(
     return ConfigError(place, problem, remedy)
 
 
-def _path(loc: Loc, data: Any) -> Loc:
+def _path(loc: Loc, data: object) -> Loc:
     """Return the steps of a location that are in the data; pydantic adds tags of unions."""
     path: Loc = ()
     for step in loc:
