@@ -18,11 +18,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_inject.algebra.one_site import Cut, compared, plain, truncated
+from lora_inject.algebra.svd import decompose
 from lora_inject.algebra.values import called, paired, weighted_sum, with_sites
-from lora_inject.core.adapter.parts import MADE, Cut, Term, compared, gathered, plain, truncated
+from lora_inject.core.adapter.parts import MADE, Term, gathered
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.svd import decompose
 from lora_inject.core.spec.names import printable
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.tables import Listing, wrapped

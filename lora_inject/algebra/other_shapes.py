@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lora_inject.algebra.combining import Adapter, state_of
+from lora_inject.algebra.one_site import plain
 from lora_inject.core.adapter import reshape
 from lora_inject.core.adapter.fingerprint import without_weights
 from lora_inject.core.adapter.other_tensors import only, with_every_expert
-from lora_inject.core.adapter.parts import plain
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import combinations
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lora_inject.algebra.one_site import plain
 from lora_inject.core.adapter.fingerprint import (
     Fingerprint,
     base_differences,
@@ -23,7 +26,7 @@ from lora_inject.core.adapter.fingerprint import (
     without_weights,
 )
 from lora_inject.core.adapter.other_tensors import with_every_expert
-from lora_inject.core.adapter.parts import Term, check_alike, mixed, plain, total
+from lora_inject.core.adapter.parts import Term, check_alike, total
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec
@@ -106,7 +109,7 @@ def with_sites(
     for state, weight, name in zip(states, weights, names, strict=True):
         _check_term(state, weight, name, asked)
     terms = [(s.trained, weight) for s, weight in zip(states, weights, strict=True)]
-    trained = mixed(terms, names, asked)
+    trained = _mixed(terms, names, asked)
     sites = {}
     for site in dict.fromkeys(name for state in states for name in state.sites):
         here = [n for n, state in enumerate(states) if site in state.sites]
@@ -125,6 +128,39 @@ def with_sites(
     marks = [state.fingerprint for state in states if state.fingerprint is not None]
     copies = _common_copies([state.base_copies for state in states], names, asked)
     return AdapterState(sites, trained, None, union_of(marks) if marks else None, copies)
+
+
+def _mixed(
+    several: Sequence[tuple[Mapping[str, Tensor], float]], names: Sequence[str], asked: str
+) -> dict[str, Tensor]:
+    """Return trained tensors T mixed by their weights, `W + sum of w (T - W)`.
+
+    W is not known here, so the weights of a tensor must add up to 1: then W cancels out. `names`
+    are what messages call the adapters.
+    """
+    mix = {}
+    for key in dict.fromkeys(key for trained, _ in several for key in trained):
+        with_it = zip(names, several, strict=True)
+        copies = [(n, trained[key], w) for n, (trained, w) in with_it if key in trained]
+        where = f"{asked}, trained tensor '{key}'"
+        if not math.isclose(sum(weight for *_, weight in copies), 1, rel_tol=1e-9):
+            added = " + ".join(f"{weight:g}" for *_, weight in copies)
+            raise StateError(
+                where,
+                f"it is a full copy of the base's tensor, with weight {added}: its change from the "
+                "base is not known here",
+                "Fold the adapters into the base with `lora-inject merge`, give weights that add "
+                "up to 1, or leave it out (select)",
+            )
+        if len({copy.shape for _, copy, _ in copies}) > 1:
+            shapes = " and ".join(f"{list(copy.shape)} in {name}" for name, copy, _ in copies)
+            raise StateError(where, f"its shape is {shapes}", "Give adapters of one base")
+        mix[key] = copies[0][1]  # a single one as it is
+        if len(copies) > 1:
+            dtype = reduce(torch.promote_types, (copy.dtype for _, copy, _ in copies))
+            products = [weight * copy.detach().double() for _, copy, weight in copies]
+            mix[key] = torch.stack(products).sum(0).to(dtype)
+    return mix
 
 
 def _check_term(state: AdapterState, weight: float, name: str, asked: str) -> None:

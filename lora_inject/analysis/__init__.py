@@ -4,6 +4,7 @@ Every figure is a pure function of tensors or of an `AdapterState`; W is needed 
 them, and is then streamed from a checkpoint. Nothing here needs a model.
 """
 
+from lora_inject.algebra.svd import ThinProduct
 from lora_inject.analysis.figures import Analysis, Comparison, Finding, analyze, compare
 from lora_inject.analysis.inspection import Inspection, inspect_state
 from lora_inject.analysis.numbers import (
@@ -18,7 +19,6 @@ from lora_inject.analysis.numbers import (
 from lora_inject.analysis.page import report, write_report
 from lora_inject.analysis.pictures import draw_pictures, need_matplotlib
 from lora_inject.analysis.weights import FORMATS, Rounded
-from lora_inject.core.adapter.svd import ThinProduct
 
 __all__ = [
     "FORMATS",

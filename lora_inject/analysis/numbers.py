@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lora_inject.algebra.svd import ThinProduct
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.adapter.svd import ThinProduct
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.spec.sites import Block, SiteSpec
 from lora_inject.core.spec.variants import VARIANTS

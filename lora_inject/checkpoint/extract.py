@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.algebra.svd import Decomposed, decompose
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.output_files import matrix_of
@@ -23,7 +24,6 @@ from lora_inject.checkpoint.pieces import Progress, counting_bytes
 from lora_inject.core.adapter.fingerprint import Sampled
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.adapter.svd import Decomposed, decompose
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
