@@ -36,7 +36,7 @@ from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.spec.names import nearest
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.sites import SiteSpec, fits_kernel
 from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import CheckpointError
 
@@ -334,6 +334,9 @@ class Places:
             for_experts = f" for {spec.experts} experts" if stacked else ""
             problem = f"the shape {list(shape)}, which takes no low-rank update{for_experts}"
             raise NoPlace(f"'{name}' has {problem}")
+        elif not stacked and not fits_kernel(spec, shape):
+            problem = f"its shape is {list(shape)}, the adapter's is {list(spec.weight_shape)}"
+            raise NoPlace(f"'{name}': {problem}")
         else:
             matrix = matrix_of(shape[1:] if stacked else shape)
             transposed = self.is_transposed(spec, name, matrix)

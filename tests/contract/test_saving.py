@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,41 @@ CHANGES = {
     ),
     "another kind": (_put(fc=nn.LSTM(5, 6)), "any", li.FormatError, ("'fc'",)),
 }  # fmt: skip
+
+
+# As many features as the layer of the adapter, and the layer is another.
+LOOK_ALIKES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    "a turned kernel": (lambda: nn.Conv2d(4, 6, (1, 3)), lambda: nn.Conv2d(4, 6, (3, 1))),
+    "no kernel": (lambda: nn.Conv2d(4, 6, (1, 3)), lambda: nn.Linear(12, 6)),
+    "other groups": (lambda: nn.Conv1d(4, 6, 2, groups=2), lambda: nn.Conv1d(4, 6, 1)),
+    "no embedding": (lambda: nn.Embedding(12, 6), lambda: nn.Linear(12, 6)),
+}
+
+
+@pytest.mark.parametrize("case", LOOK_ALIKES)
+def test_as_many_features_do_not_make_a_layer_the_same(case: str, tmp_path: Path) -> None:
+    """Files of other programs have no fingerprint that would tell."""
+    made, other = LOOK_ALIKES[case]
+    models = [nn.Sequential(layer()) for layer in (made, other)]
+    state, of_other = (
+        replace(li.adapter_state(li.inject(model, {"rank": 2, "targets": ["0"]})), fingerprint=None)
+        for model in models
+    )
+    model = nn.Sequential(other())
+    with refused(li.FormatError, "'0'", "shape", model=model):
+        li.install(model, state)
+    if "embedding" not in case:  # of a matrix in a file nobody knows
+        save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+        with refused(li.CheckpointError, "'0.weight'", "shape"):
+            li.merge_checkpoint(tmp_path / "model.safetensors", [state], tmp_path / "out")
+        with refused(li.StateError, "'0'"):
+            li.combine([state, of_other])
+
+
+def test_a_kernel_of_one_fits_a_linear_layer() -> None:
+    point = nn.Sequential(nn.Conv2d(4, 6, 1))
+    state = li.adapter_state(li.inject(point, {"rank": 2, "targets": ["0"]}))
+    li.install(nn.Sequential(nn.Linear(4, 6)), state, base="any")
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts
+from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts, fits_kernel
 from lora_inject.errors import StateError
 
 _SAME = 1e-12  # relative difference of two equal scales alpha / rank by rounding
@@ -31,7 +31,7 @@ Parts = list[tuple[tuple[int, int], Tensor, Tensor]]
 
 
 def check_alike(specs: Sequence[SiteSpec], names: Sequence[str], asked: str) -> None:
-    """Refuse sites, which messages call by `names`, of other features, experts or orientation."""
+    """Refuse sites, which messages call by `names`, of other features, kernels or orientation."""
     one = specs[0]
     for two, name in zip(specs[1:], names[1:], strict=True):
         maps = [
@@ -44,7 +44,12 @@ def check_alike(specs: Sequence[SiteSpec], names: Sequence[str], asked: str) -> 
             if shapes[0] == shapes[1]:
                 layouts = ["(in, out)" if m[3] else "(out, in)" for m in maps]
                 problem = f"the weight is {layouts[0]} in {names[0]} and {layouts[1]} in {name}"
-            raise StateError(f"{asked}, site '{one.name}'", problem, "Give adapters of one base")
+        elif fits_kernel(one, two.weight_shape) and fits_kernel(two, one.weight_shape):
+            continue
+        else:
+            shapes = [str(spec.weight_shape) for spec in (one, two)]
+            problem = f"the weight is {shapes[0]} in {names[0]} and {shapes[1]} in {name}"
+        raise StateError(f"{asked}, site '{one.name}'", problem, "Give adapters of one base")
 
 
 _Contribution = tuple[tuple[int, int], Tensor, Tensor, float]

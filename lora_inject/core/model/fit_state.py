@@ -27,8 +27,8 @@ from lora_inject.core.model.base import Base, check_base, check_base_copies
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.patterns import named
-from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import FormatError, LayerError
+from lora_inject.core.spec.sites import SiteSpec, fits_kernel
+from lora_inject.errors import FormatError, LayerError, article
 
 # Fields of a site, besides its names, that come from the model, not from the adapter.
 _OF_MODEL = ("kind", "weight_shape", "update")
@@ -95,6 +95,11 @@ def _place_of(spec: SiteSpec, names: Inventory, where: str) -> Candidate:
         raise LayerError(where, *candidate.refusal)
     is_parameter = spec.kind == "parameter"
     if _parameter_fits(spec, candidate) if is_parameter else _maps(spec) == _maps(candidate):
+        other_kind = spec.kind == "embedding" != candidate.kind
+        if other_kind or not fits_kernel(spec, candidate.weight_shape):
+            there = f"it is for {article(spec.kind)} of shape {spec.weight_shape}"
+            here = f"{article(candidate.kind)} of shape {candidate.weight_shape} is here"
+            raise FormatError(where, f"{there}, and {here}", _ITS_MODEL)
         return candidate
     fits = (candidate.in_features, candidate.out_features)
     if is_parameter and spec.transposed != candidate.transposed:

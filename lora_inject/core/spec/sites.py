@@ -242,6 +242,21 @@ class SiteSpec:
         return tuple(blocks)
 
 
+def fits_kernel(spec: SiteSpec, shape: tuple[int, ...]) -> bool:
+    """Whether a weight of this shape has the kernel of a site, where the site has one.
+
+    As many features are not enough: kernels of 1 x 3 and 3 x 1 have the same. Where all of its
+    sides are 1 it is a plain layer's.
+
+    Examples:
+        >>> spec = SiteSpec("c", "conv", 12, 6, (6, 4, 1, 3), rank=2, alpha=2)
+        >>> fits_kernel(spec, (6, 4, 1, 3)), fits_kernel(spec, (6, 4, 3, 1))
+        (True, False)
+    """
+    kernel = spec.weight_shape[2:]
+    return spec.kind == "parameter" or kernel == shape[2:] or math.prod(kernel) == 1
+
+
 def meaning(spec: SiteSpec) -> tuple[object, ...]:
     """Return it but for the rank and the scale: parts, experts, orientation, variant, bias."""
     turned = spec.kind == "parameter" and spec.transposed
