@@ -30,7 +30,7 @@ from lora_inject.core.adapter.parts import Term, check_alike, total
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import StateError, check_type
+from lora_inject.errors import StateError, check_type, within
 
 
 def scaled(state: AdapterState, weight: float) -> AdapterState:
@@ -181,6 +181,8 @@ def _check_adapters(states: Sequence[AdapterState], asked: str) -> list[str]:
     remedy = "Give an AdapterState, as adapter_state(model) does"
     for state, name in zip(states, names, strict=True):
         check_type(f"{asked}, {name}", state, AdapterState, remedy)
+        with within(f"{asked}, {name}"):
+            state.check_tensors(StateError)
     _check_one_base([state.fingerprint for state in states], names, asked)
     return names
 

@@ -25,7 +25,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.files.tensors import bytes_of
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.errors import CheckpointError, user_path
+from lora_inject.errors import CheckpointError, user_path, within
 from lora_inject.formats.exchange import read_adapter
 
 _STEP_ELEMENTS = 1 << 20
@@ -62,6 +62,8 @@ def _weighted(given: Given, base: Checkpoint) -> WeightedAdapter:
     if isinstance(given, WeightedAdapter):
         return given
     if isinstance(given, AdapterState):
+        with within("merge an adapter"):
+            given.check_tensors(CheckpointError)
         return WeightedAdapter(given)
     return read_weighted(given, base)
 

@@ -15,12 +15,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lora_inject.core.adapter import native
-from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.other_tensors import with_every_expert
-from lora_inject.core.adapter.site_state import FLOATS, SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_directory, write_file
 from lora_inject.core.spec.names import nearest
@@ -325,35 +321,8 @@ def _arguments(
 def _checked(state: AdapterState) -> AdapterState:
     """Return an adapter if its tensors fit what is said of them; raise if they do not."""
     check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
-    if wrong := [name for name, t in state.trained.items() if not isinstance(t, Tensor)]:
-        raise FormatError("", f"{one_line(wrong)} is not a tensor", "Pass tensors only")
-    for name, numbers in state.rows.items():
-        tensor = state.trained.get(name)
-        if tensor is None or tensor.dim() != 2 or len(tensor) != len(numbers) or not numbers:
-            problem = f"it has {len(numbers)} row numbers for a tensor of other rows"
-            raise FormatError(f"trained tensor '{name}'", problem, "Give one for each row")
-    for site in state.sites.values():
-        _check_site(site)
+    state.check_tensors()
     return state
-
-
-def _check_site(site: SiteState) -> None:
-    """Refuse a site whose tensors have other names, shapes or dtypes than its spec states."""
-    spec, tensors = site.spec, site.tensors
-    where = f"site '{spec.name[:200]}'"
-    every = {"A0": site.A0, "B0": site.B0, **tensors}
-    found = {role: tuple(tensor.shape) for role, tensor in every.items() if tensor is not None}
-    due = {role: tuple(spec.shape_of(role)) for role in spec.roles}
-    if found != due:
-        remedy = "The tensors and what is said about them do not belong together"
-        raise FormatError(where, f"its tensors are {found} where {due} are due", remedy)
-    for role, tensor in tensors.items():
-        # Further tensors may have a dtype of their own.
-        as_due = role in site.further or tensor.dtype == site.A.dtype
-        if tensor.dtype not in FLOATS or not as_due:
-            problem = f"A is {site.A.dtype} and {'B' if role == 'A' else role} {tensor.dtype}"
-            remedy = "Both must be of one of float16, bfloat16, float32, float64"
-            raise FormatError(where, problem, remedy)
 
 
 # Losses -------------------------------------------------------------------------------------------

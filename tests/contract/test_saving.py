@@ -193,6 +193,39 @@ CHANGES = {
 }  # fmt: skip
 
 
+# What a value says of its tensors that is not so.
+LIES: dict[str, Callable[[li.AdapterState], dict[str, Any]]] = {
+    "another rank": lambda s: {"spec": replace(s.sites["0"].spec, rank=3)},
+    "B is cut": lambda s: {"B": s.sites["0"].B[:, :1]},
+    "whole numbers": lambda s: {"A": s.sites["0"].A.long()},
+    "a start of A alone": lambda s: {"A0": s.sites["0"].A},
+    "another name": lambda s: {"sites": {"2": s.sites["0"]}},
+    "a row twice": lambda s: {"rows": {"1.weight": (2, 2)}},
+    "a row from the end": lambda s: {"rows": {"1.weight": (-1, 2)}},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_value_whose_tensors_are_not_what_it_says_is_refused(lie: str, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Embedding(5, 4))
+    plain = copy.deepcopy(net)
+    state = li.adapter_state(li.inject(net, {"rank": 2, "targets": ["0"], "tokens": {"1": [1, 2]}}))
+    said = LIES[lie](state)
+    if not {"rows", "sites"} & said.keys():
+        said = {"sites": {"0": replace(state.sites["0"], **said)}}
+    false, path = replace(state, **said), tmp_path / "model.safetensors"
+    named = "'1.weight'" if "rows" in said else "'0'"
+    save_file(plain.state_dict(), path)
+    for model, call in (
+        (plain, lambda: li.install(plain, false)),
+        (net, lambda: li.swap_adapter(net, false)),
+        (None, lambda: li.combine([false], [0.5])),
+        (None, lambda: li.merge_checkpoint(path, [false], tmp_path / "merged")),
+    ):
+        with refused(li.LoraInjectError, named, model=model):
+            call()
+
+
 # As many features as the layer of the adapter, and the layer is another.
 LOOK_ALIKES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "a turned kernel": (lambda: nn.Conv2d(4, 6, (1, 3)), lambda: nn.Conv2d(4, 6, (3, 1))),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
+from lora_inject.errors import LoraInjectError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of an adapter's tensors, and of the weights whose values are known."""
@@ -85,6 +86,24 @@ class SiteState(Comparable):
         if self.A0 is not None and self.B0 is not None:
             return torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0)
         return not (bool(self.A.any()) and bool(self.B.any()))
+
+    def check_tensors(self, error: type[LoraInjectError]) -> None:
+        """Refuse tensors of other names, shapes or dtypes than the spec states."""
+        spec, tensors = self.spec, self.tensors
+        where = f"site '{spec.name[:200]}'"
+        every = {"A0": self.A0, "B0": self.B0, **tensors}
+        found = {role: tuple(tensor.shape) for role, tensor in every.items() if tensor is not None}
+        due = {role: tuple(spec.shape_of(role)) for role in spec.roles}
+        if found != due:
+            remedy = "The tensors and what is said about them do not belong together"
+            raise error(where, f"its tensors are {found} where {due} are due", remedy)
+        for role, tensor in tensors.items():
+            # Further tensors may have a dtype of their own.
+            as_due = role in self.further or tensor.dtype == self.A.dtype
+            if tensor.dtype not in FLOATS or not as_due:
+                problem = f"A is {self.A.dtype} and {'B' if role == 'A' else role} {tensor.dtype}"
+                remedy = "Both must be of one of float16, bfloat16, float32, float64"
+                raise error(where, problem, remedy)
 
     def __repr__(self) -> str:
         """Return the numbers in a line, without the values of tensors."""

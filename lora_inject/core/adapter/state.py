@@ -16,9 +16,9 @@ from torch import Tensor
 from lora_inject.core.adapter.fingerprint import Fingerprint
 from lora_inject.core.adapter.site_state import Comparable, SiteState
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.spec.names import counted
+from lora_inject.core.spec.names import counted, show
 from lora_inject.core.spec.tables import Shown
-from lora_inject.errors import LoraInjectError, StateError
+from lora_inject.errors import FormatError, LoraInjectError, StateError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,6 +74,25 @@ class AdapterState(Comparable, Shown):
         n_parameters += sum(tensor.numel() for tensor in self.trained.values())
         counts = counted(len(self.sites), "site"), counted(len(self.trained), "trained tensor")
         return f"AdapterState({counts[0]}, {rank}, {counts[1]}, {n_parameters:,} parameters)"
+
+    def check_tensors(self, error: type[LoraInjectError] = FormatError) -> None:
+        """Refuse tensors that do not fit what is said of them, by raising `error`."""
+        for name, tensor in self.trained.items():
+            if not isinstance(tensor, Tensor):
+                raise error("", f"'{name}' is not a tensor", "Pass tensors only")
+        for name, rows in self.rows.items():
+            copy = self.trained.get(name)
+            where = f"trained tensor '{name}'"
+            if copy is None or copy.dim() != 2 or len(copy) != len(rows) or not rows:
+                problem = f"it has {len(rows)} row numbers for a tensor of other rows"
+                raise error(where, problem, "Give one for each row")
+            if len(set(rows)) < len(rows) or not all(type(n) is int and n >= 0 for n in rows):
+                raise error(where, f"its rows are {show(rows)}", "Number each row once, from 0")
+        for name, site in self.sites.items():
+            if name != site.spec.name:
+                problem = f"its spec has the name '{site.spec.name[:200]}'"
+                raise error(f"site '{name[:200]}'", problem, "Rename sites by algebra.rename")
+            site.check_tensors(error)
 
     def check_finite(self, asked: str, error: type[LoraInjectError] = StateError) -> None:
         """Refuse values that are NaN or infinite, or on the meta device, by raising `error`.

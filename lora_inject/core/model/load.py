@@ -14,7 +14,7 @@ from lora_inject.core.model.base import Base
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.put import put_state, survey_for, uncollected
 from lora_inject.core.model.training import check_live_inputs
-from lora_inject.errors import check_type, user_path
+from lora_inject.errors import check_type, user_path, within
 from lora_inject.formats.exchange import detected, read_adapter
 from lora_inject.formats.hub import on_disk
 from lora_inject.formats.live_models import facts_about, refuse_first_places
@@ -116,6 +116,8 @@ def install(
         StateError: The name is in use, or the model is merged.
     """
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
+    with within("install"):
+        state.check_tensors()
     survey = survey_for(model, name)
     fitted = fit(survey, state, leave_out, base, leave_new=leave_new, asked="install")
     put_state(survey, fitted, name)

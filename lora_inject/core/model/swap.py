@@ -91,7 +91,10 @@ def swap_adapter(
     adapter = survey.root.adapters[name]
     check_unmerged(asked, survey.root)
     state, whose, files = source, asked, None
-    if not isinstance(state, AdapterState):
+    if isinstance(state, AdapterState):
+        with within(asked):
+            state.check_tensors()
+    else:
         files, whose = user_path(asked, state), f"{asked} for {str(source)!r}"
         state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
     state = fit(survey, state, (), base, leave_new=False, asked=whose)
