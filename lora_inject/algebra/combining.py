@@ -27,7 +27,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import printable
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.tables import Listing, wrapped
-from lora_inject.errors import StateError, check_type
+from lora_inject.errors import StateError, check_type, within
 from lora_inject.formats.exchange import read_adapter
 
 Adapter = AdapterState | str | PathLike[str]
@@ -41,6 +41,8 @@ METHODS = ("cat", "svd", *ON_FACTORS, *(f"{name}_svd" for name in ON_FACTORS[1:]
 def state_of(adapter: Adapter, asked: str) -> AdapterState:
     """Return a value as it is, or that of a file."""
     if isinstance(adapter, AdapterState):
+        with within(asked):
+            adapter.check_tensors(StateError)
         return adapter
     remedy = "Give an AdapterState, or the path of its files"
     check_type(asked, adapter, (str, PathLike), remedy)

@@ -219,7 +219,8 @@ def test_a_value_whose_tensors_are_not_what_it_says_is_refused(lie: str, tmp_pat
     for model, call in (
         (plain, lambda: li.install(plain, false)),
         (net, lambda: li.swap_adapter(net, false)),
-        (None, lambda: li.combine([false], [0.5])),
+        (None, lambda: false * 0.5),
+        (None, lambda: li.truncate(false, rank=1)),
         (None, lambda: li.merge_checkpoint(path, [false], tmp_path / "merged")),
     ):
         with refused(li.LoraInjectError, named, model=model):

@@ -92,8 +92,9 @@ def test_a_bias_of_b_is_refused_where_it_has_no_place() -> None:
         li.inject(bare, config)
     net = nn.Sequential(nn.Linear(4, 6))
     twice = {**config, "bias": "adapted"}
-    with refused(li.LayerError, "'0.bias'", "lora_bias", model=net):
-        li.inject(net, twice)
+    for verb in (li.plan, li.inject):
+        with refused(li.MatchError, "'0.bias'", "lora_bias", model=net):
+            verb(net, twice)
     model = host(KINDS["linear"])
     with refused(li.MatchError, "'layer'", "lora_bias", "dora", model=model):
         li.inject(model, {**KINDS["linear"].config, "lora_bias": True, "variant": "dora"})

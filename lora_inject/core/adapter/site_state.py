@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from lora_inject.core.spec.sites import SiteSpec, signed_pairs
+from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec, signed_pairs
 from lora_inject.errors import LoraInjectError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -89,19 +89,23 @@ class SiteState(Comparable):
 
     def check_tensors(self, error: type[LoraInjectError]) -> None:
         """Refuse tensors of other names, shapes or dtypes than the spec states."""
-        spec, tensors = self.spec, self.tensors
-        where = f"site '{spec.name[:200]}'"
-        every = {"A0": self.A0, "B0": self.B0, **tensors}
-        found = {role: tuple(tensor.shape) for role, tensor in every.items() if tensor is not None}
-        due = {role: tuple(spec.shape_of(role)) for role in spec.roles}
+        spec, where = self.spec, f"site '{self.spec.name[:200]}'"
+        every = {"A": self.A, "B": self.B, "A0": self.A0, "B0": self.B0, **self.further}
+        tensors = {role: tensor for role, tensor in every.items() if tensor is not None}
+        found = {role: tensor.shape for role, tensor in tensors.items()}
+        due = dict(spec.shapes)
+        if spec.init in FROM_WEIGHT:
+            due |= {"A0": spec.a_shape, "B0": spec.b_shape}
         if found != due:
+            shapes = {role: tuple(shape) for role, shape in found.items()}
             remedy = "The tensors and what is said about them do not belong together"
-            raise error(where, f"its tensors are {found} where {due} are due", remedy)
+            raise error(where, f"its tensors are {shapes} where {due} are due", remedy)
+        dtype = self.A.dtype
         for role, tensor in tensors.items():
             # Further tensors may have a dtype of their own.
-            as_due = role in self.further or tensor.dtype == self.A.dtype
+            as_due = role in self.further or tensor.dtype == dtype
             if tensor.dtype not in FLOATS or not as_due:
-                problem = f"A is {self.A.dtype} and {'B' if role == 'A' else role} {tensor.dtype}"
+                problem = f"A is {dtype} and {'B' if role == 'A' else role} {tensor.dtype}"
                 remedy = "Both must be of one of float16, bfloat16, float32, float64"
                 raise error(where, problem, remedy)
 
