@@ -211,14 +211,14 @@ def chosen_factors(
     this layer's adapters, which all have the same dropout. Adapters that are not chosen do not
     reach the output, not even where they hold NaN; where they require a gradient, it is zero.
     """
-    A_bank, B_bank, scale = stacked(adapters, out, dtype)
+    A_bank, B_T_bank, scale = stacked(adapters, out, dtype)
     rows = chosen_rows(choice[:, 0], numbers)
     index, here = (rows - 1).clamp(min=0), (rows > 0)[:, None, None]
     weights = choice[:, 1].to(dtype)[:, None, None]
     A = torch.where(here, A_bank.index_select(0, index), 0)
-    B = torch.where(here, B_bank.index_select(0, index) * weights, 0)
+    B_T = torch.where(here, B_T_bank.index_select(0, index) * weights, 0)
     p = adapters[0][0].dropout
-    return Update(A.flatten(0, 1), B.transpose(0, 1).flatten(1), scale, dropout=p)
+    return Update(A.flatten(0, 1), B_T.flatten(0, 1).t(), scale, dropout=p)
 
 
 def chosen_rows(chosen: Tensor, numbers: Sequence[int]) -> Tensor:
