@@ -30,16 +30,10 @@ from lora_inject.formats.model_facts import CONVERT, ModelFacts
 from lora_inject.formats.pairs import by_module, check_shapes, plain_site
 from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields
 from lora_inject.formats.peft.name_patterns import ends
-from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
+from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, parsed, unpack
 
 _REPAIR = "The file is incomplete or was edited; fetch it again"
 
-# The end of a key of an adapter. Until 0.12 a magnitude was a plain Parameter, so that PEFT still
-# omits its `.weight`.
-_KEY = re.compile(
-    r"(?s)(.+)\.(?:lora_(?P<of_layer>[AB])\.weight|lora_embedding_(?P<of_embedding>[AB])"
-    r"|lora_(?P<m>m)agnitude_vector(?:\.weight)?|lora_B\.(?P<b>b)ias)"
-)
 # The adapter's name, which some programs leave in.
 _DEFAULT = re.compile(
     r"((?<![^.])(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|trainable_tokens_delta"
@@ -69,9 +63,10 @@ class Foreign:
     def read(self, tensors: Mapping[str, Tensor]) -> AdapterState:
         """Return the adapter of a file's tensors, without a config and a fingerprint."""
         rest = _with_plain_keys(tensors)
-        keys = {key: match for key in rest if (match := _KEY.fullmatch(key))}
-        parts = _by_path({key: rest.pop(key) for key in keys}, keys)
-        embeddings = {match[1] for match in keys.values() if match["of_embedding"]}
+        roles = {key: found for key in rest if (found := parsed(key))}
+        of_sites = {key: rest.pop(key) for key in roles}
+        parts = by_module(of_sites, roles.__getitem__) if of_sites else {}
+        embeddings = _embeddings(roles)
         rows = self._rows(rest)
         places = [*self._places(parts)]
         self._check_targets([p.name for p in places if p.name == p.module])
@@ -302,16 +297,14 @@ class Foreign:
         return not kept and any(part.startswith("lora_") for part in key.split("."))
 
 
-def _by_path(
-    tensors: Mapping[str, Tensor], keys: Mapping[str, re.Match[str]]
-) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of sites by their path in the file and role."""
-    layers, embeds = ({m[1] for m in keys.values() if m[of]} for of in ("of_layer", "of_embedding"))
-    for path in layers & embeds:
-        raise _error(f"module '{path[:200]}'", "its pairs are of a layer and of an embedding")
-    if not tensors:
-        return {}
-    return by_module(tensors, lambda key: (keys[key][1], keys[key][str(keys[key].lastgroup)]))
+def _embeddings(roles: Mapping[str, tuple[str, str]]) -> set[str]:
+    """Return the paths whose A and B are an embedding's, which have keys of their own."""
+    factors = {key: path for key, (path, role) in roles.items() if role in "AB"}
+    embeds = {path for key, path in factors.items() if leaf(key).startswith("lora_embedding_")}
+    for key, path in factors.items():
+        if path in embeds and leaf(key) == "weight":
+            raise _error(f"module '{path[:200]}'", "its pairs are of a layer and of an embedding")
+    return embeds
 
 
 def _with_plain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -329,6 +322,9 @@ def _with_plain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         name = bare[key].removeprefix(PREFIX)
         name = _DEFAULT.sub(r"\1", name) if ".default" in name else name
+        # PEFT omits this end: until 0.12 a magnitude was a plain Parameter.
+        if name.endswith(".lora_magnitude_vector.weight"):
+            name = name.removesuffix(".weight")
         if name in plain:
             raise _error("", f"the file holds '{name[:200]}' a second time")
         plain[name] = tensor

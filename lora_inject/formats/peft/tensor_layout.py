@@ -30,6 +30,19 @@ _FURTHER = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 _KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", **_FURTHER}
 _KEYS_OF_EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", **_FURTHER}
 
+_ROLES = {f".{end}": r for keys in (_KEYS, _KEYS_OF_EMBEDDING) for r, end in keys.items()}
+
+
+def parsed(key: str) -> tuple[str, str] | None:
+    """Return the path and the role of a site's tensor; None for another tensor.
+
+    Examples:
+        >>> parsed("h.0.fc.lora_A.weight"), parsed("h.0.fc.weight")
+        (('h.0.fc', 'A'), None)
+    """
+    end = next((end for end in _ROLES if key.endswith(end)), None)
+    return None if end is None else (key.removesuffix(end), _ROLES[end])
+
 
 class Layout(NamedTuple):
     """The keys of a file: of each site by name and role, of each trained tensor by its name."""
