@@ -118,6 +118,7 @@ CASES = {
     "full names": ("llama", QV, FULL_NAMES),
     "a head with a layer before it": ("distilbert", ["q_lin"], SCORE),
     "saved modules": ("llama", ALL, {"modules_to_save": ["lm_head", "1.mlp"]}),
+    "a tie is kept": ("llama", QV, {"ensure_weight_tying": True}),
     "biases of adapted": ("gpt2", ["c_attn"], {"bias": "lora_only"}),
     "all biases": ("gpt2", ["c_attn"], {"bias": "all"}),
     "a classifier beside all-linear": ("bert", ALL, {"task_type": "SEQ_CLS"}),

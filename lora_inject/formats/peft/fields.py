@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lora_inject.core.adapter.file_keys import one_line
-from lora_inject.core.spec.names import around, first_number
+from lora_inject.core.spec.names import around
 from lora_inject.core.spec.patterns import checked_regex
 from lora_inject.errors import FormatError, LoraInjectError, within
 from lora_inject.formats.peft.name_patterns import ends, matching_in_time, values_of
@@ -157,9 +157,9 @@ class LoraFields(BaseModel):
                 yield name, "exclude_modules"
             elif any(not saved.isdisjoint(ends(m)) for m in around([f"{name}.weight"])):
                 yield name, "modules_to_save"
-            elif name not in targeted and not (self.ensure_weight_tying and _is_an_end(name)):
+            elif name not in targeted:
                 yield name, "target_modules"
-            elif name in targeted and name not in layers:
+            elif name not in layers:
                 yield name, "layers_to_transform"
 
     def _hit(self, said: str | list[str] | None, names: Collection[str], field: str) -> set[str]:
@@ -189,11 +189,6 @@ def whole(regex: str) -> str:
     end = first.end() if first else 0
     flags = "".join(sorted({*regex[:end]} - {*"(?)"}))
     return f"^(?{flags}:{regex[end:]}" + ("\n)" if "x" in flags else ")")  # ends a comment
-
-
-def _is_an_end(name: str) -> bool:
-    """Whether a name is in no list of layers: PEFT adapts the other end of a tie with the one."""
-    return first_number(name) is None
 
 
 def read_fields(

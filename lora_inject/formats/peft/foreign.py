@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.spec.names import around, canonical, joined, leaf, parent
+from lora_inject.core.spec.names import around, canonical, first_number, joined, leaf, parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
@@ -84,8 +84,15 @@ class Foreign:
         return AdapterState(sites, trained, base_copies=copies, rows=numbers_of_rows)
 
     def _check_targets(self, modules: Collection[str]) -> None:
-        """Refuse tensors of modules that the config does not target, which PEFT ignores."""
+        """Refuse tensors of modules that the config does not target, which PEFT ignores.
+
+        With `ensure_weight_tying` it adapts the other end of a tie, too, which is in no list of
+        layers, and which the config need not name.
+        """
         for name, said in self.fields.left_out(() if self.any_target else modules):
+            is_an_end = self.fields.ensure_weight_tying and first_number(name) is None
+            if said == "target_modules" and is_an_end:
+                continue
             problem = f"PEFT ignores its tensors: {said!r} of adapter_config.json leaves it out"
             remedy = "Restore that field, or read them all the same: allow=['target_modules']"
             raise _error(f"module '{name[:200]}'", problem, remedy)
