@@ -6,7 +6,7 @@ Where they are not, the trials run in turn, which is always right and only slowe
 
 | a base that | shows it |
 |---|---|
-| mixes rows (BatchNorm in training, `x - x.mean(0)`) | other outputs beside other rows |
+| mixes rows (`x - x.mean(0)`, negatives within the batch) | other outputs beside other rows |
 | averages over the longest row of the batch | other outputs of shorter rows |
 | needs a mask for padding, or draws random numbers | other outputs beside the others |
 | reads one weight for the whole batch | an error of the shared pass |
@@ -35,7 +35,7 @@ from lora_inject.core.layers.attached import factors_of, held_by
 from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward
 from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.roots.selecting import selecting
-from lora_inject.errors import LayerError, LoraInjectError
+from lora_inject.errors import LayerError, LoraInjectError, StateError
 from lora_inject.rows.by_row import Rows, Taking
 from lora_inject.rows.seen import rows_alike
 from lora_inject.trials.batches import Form, Forward, Joined, joined_batch, leaves_of, n_tokens
@@ -176,6 +176,7 @@ class _Known:
         sites: Where those that were looked at have their tensors.
         form: Of the outputs; None before it was seen.
         lengths: What layers got.
+        moved: The buffers of the base that it moves in training; None before it was seen.
     """
 
     parts: list[Any]
@@ -183,6 +184,7 @@ class _Known:
     sites: set[frozenset[Any]] = field(default_factory=set)
     form: Form | None = None
     lengths: Lengths = field(default_factory=dict)
+    moved: list[str] | None = None
 
 
 class Passes:
@@ -211,7 +213,7 @@ class Passes:
             drops: Whether dropout of the adapters acts.
         """
         whole = joined_batch(batches)
-        known = self._known_of(batches, whole, forward)
+        known = self._known_of(batches, whole, forward, drops=drops)
         groups = [*self._groups(batches, known)]
         while groups:
             group = groups.pop(0)
@@ -265,13 +267,17 @@ class Passes:
 
     # --------------------------------------------------------------------------------- the referee
 
-    def _known_of(self, batches: Mapping[str, Any], of: Joined, forward: Forward) -> _Known:
+    def _known_of(
+        self, batches: Mapping[str, Any], of: Joined, forward: Forward, *, drops: bool
+    ) -> _Known:
         """Return what is known of a forward, after a look at trials on sites that are new."""
         modes = tuple(module.training for module in self._modules)
         shapes = tuple(t.dim() for t in tree_leaves(of.batch) if isinstance(t, Tensor))
         uneven = len(set(of.lengths.values())) > 1
         parts = parts_of(forward)
         known = self._known.setdefault((*map(id, parts), modes, shapes, uneven), _Known(parts))
+        if drops and len(self.runs) > 1:
+            self._check_still(known, batches, forward)
         if len(batches) == 1 or known.in_turn:
             return known
         new = {sites: n for n in batches if (sites := self.runs[n].sites) not in known.sites}
@@ -285,6 +291,21 @@ class Passes:
             self._let_run_in_turn(known, problem)
         known.sites |= new.keys()
         return known
+
+    def _check_still(self, known: _Known, batches: Mapping[str, Any], forward: Forward) -> None:
+        """Refuse a base whose buffers move in training: the trials would share them.
+
+        Each would be judged with what the others left in the statistics of BatchNorm.
+        """
+        if known.moved is None:
+            one = dict([next(iter(batches.items()))])
+            with torch.no_grad(), _buffers_kept(self.model) as moved, self._random_kept():
+                self._run(joined_batch(one), forward, known, drops=False)
+            known.moved = moved
+        if known.moved:
+            problem = f"its forward moves {known.moved[0]!r} of the base, which all trials share"
+            remedy = "Put that layer in eval mode, or train each of them by itself"
+            raise StateError("Trials.step", problem, remedy)
 
     def _let_run_in_turn(self, known: _Known, problem: str) -> None:
         known.in_turn, known.form = True, None
@@ -349,13 +370,16 @@ class Passes:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put buffers back, such as the statistics of BatchNorm."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def _buffers_kept(model: nn.Module) -> Iterator[list[str]]:
+    """Put buffers back, and give the names of those that moved, as BatchNorm's statistics do."""
+    kept = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
+    moved: list[str] = []
     try:
-        yield
+        yield moved
     finally:
-        for buffer, value in kept:
+        for name, buffer, value in kept:
+            if not torch.equal(buffer, value):
+                moved.append(name)
             buffer.copy_(value)
 
 

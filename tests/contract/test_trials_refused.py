@@ -89,7 +89,8 @@ def of_ids() -> nn.Module:
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 MEETING: dict[str, tuple[Callable[[], Any], Tensor, tuple[str, str]]] = {
     "in a normalization": (
-        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), ROWS, ("0", "0"),
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)),
+        ROWS, ("0", "0"),
     ),
     "before the first adapter": (lambda: after(centered()), ROWS, ("1", "1")),
     "equal ones": (lambda: after(centered()), torch.ones(1, 4), ("1", "1")),
@@ -137,6 +138,23 @@ def test_a_base_that_draws_numbers_draws_those_of_each_trial_alone() -> None:
         together = run(TWO)
     for name, trial in TWO.items():
         check_equal(together.model, run({name: trial}).model, name)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_trials_do_not_share_statistics_that_their_forwards_move(at_once: bool) -> None:
+    """In eval mode each would be judged with what the others left in BatchNorm's."""
+    norm = nn.BatchNorm1d(4)
+    running = Trials(seeded(lambda: nn.Sequential(nn.Linear(4, 4), norm)), TWO)
+    batch = (ROWS.double(),)
+    with untouched(running, "'1.running_mean'"):
+        if at_once:
+            running.step(batch, loss=square)
+        else:
+            running.forward_backward({"a": batch}, loss=square)
+    assert not norm.running_mean.any()
+    running.drop("b")
+    running.step(batch, loss=square)
+    assert norm.running_mean.any()
 
 
 def test_trials_of_layers_that_take_no_rows_run_in_turn() -> None:
