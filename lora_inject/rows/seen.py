@@ -161,7 +161,9 @@ class Seen:
         self._carrying = [attached for _, _, attached in adapted_modules(Survey(injected))]
         outer = _WATCHING.get()
         with ExitStack() as stack:
-            for module in {id(m): m for m in (model, injected)}.values():
+            encoder = getattr(injected, "get_encoder", lambda: None)() or model  # by `generate`
+            called = (model, injected, encoder)
+            for module in {id(m): m for m in called}.values():
                 stack.enter_context(_hooked(module))
             stack.callback(_WATCHING.set, outer)
             _WATCHING.set(self)
@@ -284,6 +286,8 @@ class Seen:
             return torch.cat(parts).index_select(0, order)
         if isinstance(one, list | tuple):
             return type(one)(self._merged([*each]) for each in zip(*values, strict=True))
+        if isinstance(one, dict):
+            return {key: self._merged([value[key] for value in values]) for key in one}
         held = getattr(one, "__dict__", None)
         if not held or isinstance(one, type | nn.Module):
             return one

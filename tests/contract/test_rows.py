@@ -14,7 +14,15 @@ from helpers.reference import config
 from helpers.refusals import refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, MixtralConfig, T5Config, XLNetConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+)
 from transformers.models.mixtral import modeling_mixtral
 
 import lora_inject as li
@@ -291,6 +299,50 @@ def test_each_sequence_has_its_own_experts(family: str, how: str) -> None:
             wanted = alone(model)
             with li.routed(model, OF_FIVE, repeat=2):  # beams
                 assert error(model(IDS.repeat_interleave(2, 0)).logits[::2], wanted) < 2e-5
+
+
+def of_t5() -> Any:
+    sizes = {"d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    return T5Config(d_model=16, vocab_size=13, decoder_start_token_id=0, **sizes)
+
+
+def of_mamba() -> Any:
+    return MambaConfig(
+        hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=13, time_step_rank=2
+    )
+
+
+GENERATED: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "stacks of experts": (lambda: experts("mixtral", "eager")[0], ROUTED),
+    "stacks alone": (lambda: experts("mixtral", "eager")[0], ["all-experts"]),
+    "states of a convolution": (lambda: AutoModelForCausalLM.from_config(of_mamba()), ["conv1d"]),
+    "an encoder": (lambda: T5ForConditionalGeneration(of_t5()), ["q", "relative_attention_bias"]),
+}
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize("case", GENERATED)
+def test_each_sequence_is_generated_as_alone(case: str) -> None:
+    """From a cache that each call extends: a prompt of as many tokens as rows, then one token."""
+    make, targets = GENERATED[case]
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.4)
+    for name in ("one", "two"):
+        fill(li.inject(model, config(*targets), name), name)
+    ids, rows = IDS[:4], ["one", "two", "two", "one"]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    options |= {"eos_token_id": 12, "output_logits": True, "return_dict_in_generate": True}
+    each = {name: li.activate(model, name).generate(ids, **options) for name in ("one", "two")}
+    with li.routed(model, rows):
+        made = model.generate(ids, **options)
+    for i, name in enumerate(rows):
+        assert torch.equal(made.sequences[i], each[name].sequences[i])
+        for mine, due in zip(made.logits, each[name].logits, strict=True):
+            torch.testing.assert_close(mine[i], due[i], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.recent
