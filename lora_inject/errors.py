@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -111,6 +111,13 @@ def check_type(
     if not isinstance(value, kind) or isinstance(value, bool):
         what = "None" if value is None else article(type(value).__name__)
         raise error(asked, f"it is {what}", remedy)
+
+
+def check_list(
+    asked: str, value: object, remedy: str, error: type[LoraInjectError] = StateError
+) -> None:
+    """Raise `error` unless the value is a list of any kind; a string is one of its letters."""
+    check_type(asked, value, list if isinstance(value, str | bytes) else Iterable, remedy, error)
 
 
 _PATH = "Give a str or a Path"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from numbers import Integral, Real
@@ -27,7 +27,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import printable
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.core.spec.tables import Listing, wrapped
-from lora_inject.errors import StateError, check_type, within
+from lora_inject.errors import StateError, check_list, check_type, within
 from lora_inject.formats.exchange import read_adapter
 
 Adapter = AdapterState | str | PathLike[str]
@@ -110,7 +110,7 @@ def combine(
     """
     asked = f"combine by {method!r}"
     for what, given in (("adapters", adapters), ("weights", () if weights is None else weights)):
-        check_type(f"combine, {what}", given, Iterable, "Give a list, with one entry for each")
+        check_list(f"combine, {what}", given, "Give a list, with one entry for each")
     _check_options(asked, method, rank, density, majority_sign)
     given = list(adapters)
     names = (f"combine, adapter {n} of {len(given)}" for n in range(1, 1 + len(given)))

@@ -25,7 +25,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.files.tensors import bytes_of
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.errors import CheckpointError, user_path, within
+from lora_inject.errors import CheckpointError, check_list, user_path, within
 from lora_inject.formats.exchange import read_adapter
 
 _STEP_ELEMENTS = 1 << 20
@@ -52,6 +52,7 @@ Given = WeightedAdapter | AdapterState | str | os.PathLike[str]
 
 def weighted_adapters(several: Iterable[Given], base: Checkpoint) -> list[WeightedAdapter]:
     """Return adapters with their weights, 1 by default, and their labels."""
+    check_list("merge, adapters", several, "Give a list of them", CheckpointError)
     adapters = [_weighted(given, base) for given in several]
     names = called([one.state for one in adapters])
     both = zip(adapters, names, strict=True)

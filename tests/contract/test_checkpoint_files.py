@@ -61,6 +61,12 @@ def test_an_index_names_files_of_its_folder_and_agrees_with_them(case, sharded, 
         merge(sharded, [STATE], tmp_path / "out")
 
 
+@pytest.mark.parametrize("one", ["sql", STATE], ids=["a path", "a value"])
+def test_adapters_are_given_in_a_list(one: Any, sharded: Path, tmp_path: Path) -> None:
+    with refused(li.CheckpointError, "adapters", "list"):
+        li.merge_checkpoint(sharded, one, tmp_path / "out")
+
+
 def test_which_files_are_the_checkpoint(sharded: Path, tmp_path: Path) -> None:
     save_checkpoint(sharded, {"other": torch.zeros(2)}, 1, stem="consolidated")
     merge(sharded, [STATE], tmp_path / "out")

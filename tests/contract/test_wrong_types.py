@@ -17,6 +17,7 @@ CALLS: list[tuple[Callable[[Any, Any], Any], list[str]]] = [
     (lambda m, s: li.Trials(m, {"a": Q}), ["'a'", "dict", "Trial(config, lr"]),
     (lambda m, s: li.advise(m, "10k"), ["str", "whole number"]),
     (lambda m, s: li.combine(s), ["adapters", "AdapterState"]),
+    (lambda m, s: li.combine("sql"), ["adapters", "str", "list"]),
     (lambda m, s: li.combine([s], 0.5), ["weights", "float"]),
     (lambda m, s: s + 3, ["int", "AdapterState"]),
     (lambda m, s: li.routed(m, "aa"), ["routed", "str", "list"]),

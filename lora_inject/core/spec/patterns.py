@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from lora_inject.core.spec.names import Below, around, first_number, nearest, show
-from lora_inject.errors import LoraInjectError, MatchError, StateError, check_type
+from lora_inject.errors import LoraInjectError, MatchError, StateError, check_list, check_type
 
 INDEX = "(?:0|[1-9][0-9]{0,8})"  # no leading zeros: YAML reads 010 as 8, Python as 10
 NOT_A_REGEX = (re.error, OverflowError, RecursionError)
@@ -66,8 +66,7 @@ def in_a_list(
     patterns: Iterable[str], asked: str, error: type[LoraInjectError] = StateError
 ) -> Iterator[str]:
     """Yield the patterns of a list; a string by itself would be one pattern for each letter."""
-    kind = list if isinstance(patterns, str) else Iterable
-    check_type(asked, patterns, kind, "Give a list of patterns", error)
+    check_list(asked, patterns, "Give a list of patterns", error)
     for pattern in patterns:
         check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
         yield pattern
