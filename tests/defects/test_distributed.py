@@ -136,7 +136,7 @@ def test_a_sharded_model_goes_with_its_last_reference(order: str, one_rank: None
         if order == "inject first":
             model = shard(li.inject(two_layers(), CONFIG))
         else:
-            model = li.inject(shard(two_layers()), CONFIG)
+            model = li.inject(block(two_layers()), CONFIG)
         grads(model, x())
         li.activate(model, "default")
         gone += [weakref.ref(each) for each in (model, *model.parameters())]
