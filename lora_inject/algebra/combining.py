@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_inject.algebra.one_site import Cut, compared, plain, truncated
 from lora_inject.algebra.svd import decompose
 from lora_inject.algebra.values import called, paired, weighted_sum, with_sites
+from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.parts import MADE, Term, gathered
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
@@ -316,7 +317,7 @@ def truncate(
         Cut(before=2, rank=1, error=0.6)
     """
     asked = "truncate"
-    state = state_of(adapter, asked)
+    state = with_every_expert(state_of(adapter, asked))
     if rank is None and energy is None:
         raise StateError(asked, "neither rank nor energy is given", "Give one of them")
     if rank is not None:

@@ -84,10 +84,7 @@ class BaseClass:
         For each expert these are the names whose rows follow each other; empty if there are none.
         """
         mine = self.place_of(name)
-        parts_of: dict[int, dict[int, str]] = {}
-        for place, theirs in self._table.items():
-            if mine is not None and place.name == mine.name and place.expert is not None:
-                parts_of.setdefault(place.expert, {})[place.part] = theirs
+        parts_of = {} if mine is None else self._stacks.get(mine.name, {})
         return [[of[part] for part in sorted(of)] for _, of in sorted(parts_of.items())]
 
     def facts(self, *, bare: bool = False) -> ModelFacts:
@@ -198,6 +195,15 @@ class BaseClass:
             elif name in self._shapes:
                 table[PlaceInClass(name)] = name
         return table
+
+    @cached_property
+    def _stacks(self) -> dict[str, dict[int, dict[int, str]]]:
+        """Name of a stack in the class to its experts to their parts: the names in the files."""
+        stacks: dict[str, dict[int, dict[int, str]]] = {}
+        for place, theirs in self._table.items():
+            if place.expert is not None:
+                stacks.setdefault(place.name, {}).setdefault(place.expert, {})[place.part] = theirs
+        return stacks
 
     @cached_property
     def _mine(self) -> dict[str, str]:

@@ -254,8 +254,8 @@ class _Extraction:
         if self.full:
             value = RowReader(self.tuned.path_of(after.name)).whole(after)
             self.trained[after.name] = value
-            if len(after.shape) > 1:  # readers look a tied tensor up under each name
-                self.trained |= dict.fromkeys(self._further(after.name), value)
+            further = self._further(after.name)  # readers look a tied tensor up under each name
+            self.trained |= dict.fromkeys(further, value)
         return Extracted(after.name, "in full" if self.full else "left", relative)
 
     def _difference(self, after: TensorEntry, before: TensorEntry) -> tuple[Tensor, float]:

@@ -25,6 +25,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.spec.sites import SiteSpec, adapted_parts
 from lora_inject.core.spec.variants import VARIANTS
+from lora_inject.formats.older_names import PlaceInClass
 
 N_ROWS = 16
 """Rows of each tensor that are computed, evenly spaced."""
@@ -166,12 +167,16 @@ class _Formula:
         height = self.n_rows // (self.job.shape[0] if self._is_stack(spec) else 1)
         expert, at = divmod(row, height)
         if not self._is_stack(spec) and spec.weight_shape != self.job.shape:
-            place = self.of.place_of(self.job.name)
-            if place is None or place.expert is None:
+            if self._apart is None or self._apart.expert is None:
                 return None
-            expert, at = place.expert, place.part * height + row
+            expert, at = self._apart.expert, self._apart.part * height + row
         chosen = spec.only or range(spec.experts)
         return (chosen.index(expert), at) if expert in chosen else None
+
+    @cached_property
+    def _apart(self) -> PlaceInClass | None:
+        """Where the class has the tensor."""
+        return self.of.place_of(self.job.name)
 
     def _is_turned(self, spec: SiteSpec) -> bool:
         """Whether the matrix is `(in, out)`: its shape says, else the class of a stack does."""

@@ -286,33 +286,33 @@ class _Changes:
                     f"{classes[0]} cannot load them apart",
                     "Adapt other layers, or keep this adapter unmerged",
                 )
+        for group in self.of.ties:
+            absent = sorted(group - self.checkpoint.tensors.keys())
+            if group <= self.jobs.keys() and (not cut or group <= self.of.inseparable):
+                for name in absent:  # the same values under each name: one is enough
+                    del self.jobs[name]
+            for name in absent if cut else ():
+                self._store_apart(name)
         if not cut:
             return
-        for group in self.of.ties:
-            for name in sorted(group - self.jobs.keys() - self.checkpoint.tensors.keys()):
-                self._store_apart(name)
         untied = [job.name for job in self.jobs.values() if job.source and not job.stored]
         self.notes += [f"'{name}' was tied and becomes a separate tensor" for name in untied]
         if self.checkpoint.config:
             self.config |= UNTIED
 
     def _stays(self, group: frozenset[str]) -> bool:
-        """Whether a tie holds after the merge; then its other names stay out of the files."""
+        """Whether a tie holds after the merge."""
         mine = [self.jobs[name] for name in sorted(group) if name in self.jobs]
         first = mine[0]
         if len(mine) == 1 and first.grows and first.base_copy is None:
             self.notes.append(f"'{first.name}' grew and stays tied to the head")
             return True
-        if len(mine) < len(group) or not all(_same_copies(first, job) for job in mine):
-            return False
-        for name in group - self.checkpoint.tensors.keys():
-            del self.jobs[name]
-        return True
+        return len(mine) == len(group) and all(_same_copies(first, job) for job in mine)
 
     def _store_apart(self, name: str) -> None:
         """Add a tensor that the files lack, with the values of the one that it is tied to."""
         source = self.of.source_of(name)
-        if source is None or name in self.of.inseparable:
+        if source is None or name in self.jobs or name in self.of.inseparable:
             return
         job, changed = self._add(name, source), self.jobs.get(source)
         if changed is not None and changed.rows:
@@ -430,9 +430,8 @@ def _clash_of_updates(job: TensorJob) -> str:
     """Return what updates of one tensor cannot do together, or ""."""
     places = Counter((placed.start, placed.stop) for placed in job.placed)
     for placed in job.placed:  # a gain is right for one whole update
-        weighted = any(abs(term.weight) != 1 for term in placed.terms)
         shared = places[placed.start, placed.stop] > 1 or job.rows or job.trained
-        if placed.gain is not None and (weighted or shared):
+        if placed.gain is not None and (placed.terms[0].weight != 1 or shared):
             return "DoRA's update cannot be mixed with others or weighted"
     pairs = itertools.pairwise(sorted(places))
     views = {placed.n_cols for placed in job.placed}  # as other matrices

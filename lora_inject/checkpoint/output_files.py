@@ -192,24 +192,24 @@ def lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[Outp
     if any(entry.dtype not in FLOATS for entry in checkpoint.shown.values()):
         dropped = frozenset()  # quantized tensors stay so
     by_output = {name: job for job in jobs.values() for name in job.outputs}
-    last, shards = [*checkpoint.shards][-1], []
+    new: dict[str, list[TensorJob]] = {name: [] for name in checkpoint.shards}
+    for job in jobs.values():  # those that have another name when unpacked
+        if job.packed is not None and job.stored and not job.again:
+            shard = checkpoint.shards[checkpoint.shard_of[job.name]]
+            new[shard.name] += [job] if job.name not in shard.header.tensors else []
+    new[[*new][-1]] += [job for job in jobs.values() if not job.stored]
+    shards = []
     for shard in checkpoint.shards.values():
-        stored = shard.header.tensors
-        new = [  # packed tensors that have another name when unpacked
-            job for name, job in jobs.items()
-            if name in checkpoint.packed.keys() - stored.keys()
-            and job.shard == shard.name and not job.again
-        ]  # fmt: skip
-        new += [job for job in jobs.values() if shard.name == last and not job.stored]
         content: list[TensorJob | TensorEntry] = []
         heads: list[TensorJob | TensorEntry] = []  # each with name, dtype and shape as in the file
-        for entry in stored.values():
-            job = by_output.get(entry.name)
+        for entry in shard.header.tensors.values():
             if entry.name not in dropped:
-                content.append(job or entry)
-                heads.append(entry if job is None or job.again else job)
-        header = _header([*heads, *new], shard)
-        shards.append(OutputShard(shard.name, shard, header, (*dict.fromkeys([*content, *new]),)))
+                part = by_output.get(entry.name, entry)
+                content.append(part)
+                heads.append(entry if isinstance(part, TensorJob) and part.again else part)
+        content += new[shard.name]
+        header = _header([*heads, *new[shard.name]], shard)
+        shards.append(OutputShard(shard.name, shard, header, (*dict.fromkeys(content),)))
     return tuple(shards)
 
 

@@ -291,33 +291,28 @@ class Places:
         name: str,
         entry: TensorEntry,
         site: SiteState,
-        matrix: tuple[int, int],
+        spec: SiteSpec,
         *,
-        transposed: bool,
         start: int = 0,
         number: int = 0,
         rows: slice = slice(None),
     ) -> None:
         """Put the update of a matrix, or some of its rows, on the rows of a tensor from `start` on.
 
-        `number` is that of the matrix in A and B. This includes the subtraction of a frozen start.
+        `spec` is of these rows alone, and `number` that of the matrix in A and B. This includes the
+        subtraction of a frozen start.
         """
-        n_out, n_in = matrix[::-1] if transposed else matrix
-        spec = replace(
-            site.spec, in_features=n_in, out_features=n_out, weight_shape=matrix,
-            transposed=transposed, experts=None, only=None, share="",
-        )  # fmt: skip
         patches = []
         for A, B, sign in site.pairs:
             a = A.reshape(-1, *site.spec.a_shape[-2:])[0 if site.spec.share == "A" else number]
             b = B.reshape(-1, *site.spec.b_shape[-2:])[0 if site.spec.share == "B" else number]
-            a, b = (a[:, rows], b) if transposed else (a, b[rows])
+            a, b = (a[:, rows], b) if spec.transposed else (a, b[rows])
             patches.append(Patch(spec, a, b, sign * self.adapter.weight))
         variant, gain = VARIANTS[spec.variant], None
         if variant.gained:  # one matrix: sites that cannot have a gain were refused before
             gain = Gain(variant.gain, site.further, spec.spans)
-        stop, source = start + matrix[0], self.checkpoint.tensors[entry.name]
-        placed = Placed(source, start, stop, matrix[1], tuple(patches), gain)
+        source, (height, n_cols) = self.checkpoint.tensors[entry.name], spec.matrix_shape
+        placed = Placed(source, start, start + height, n_cols, tuple(patches), gain)
         self._job(name, source, "placed").placed += (placed,)
 
     def _in_one(self, name: str, entry: TensorEntry, site: SiteState) -> None:
@@ -340,9 +335,9 @@ class Places:
         else:
             matrix = matrix_of(shape[1:] if stacked else shape)
             transposed = self.is_transposed(spec, name, matrix)
+        one = _of_matrix(spec, matrix, transposed)
         for n, e in enumerate(spec.only or range(spec.experts or 1)):
-            start = e * matrix[0]
-            self._put(name, entry, site, matrix, transposed=transposed, start=start, number=n)
+            self._put(name, entry, site, one, start=e * matrix[0], number=n)
 
     def _in_separate(self, name: str, site: SiteState) -> None:
         """Split an update of stacked experts over the per-expert tensors of the file."""
@@ -363,13 +358,11 @@ class Places:
         height, n_cols = shape
         # The class lays them one above the other as they are, and the stack lies as the site says.
         transposed = self.is_transposed(spec, name, (n_parts * height, n_cols))
+        one = _of_matrix(spec, (height, n_cols), transposed)
         for n, e in enumerate(spec.only or range(len(names))):
             for part, other in enumerate(names[e]):
                 rows = slice(part * height, (part + 1) * height)
-                self._put(
-                    other, tensors[other], site, (height, n_cols),
-                    transposed=transposed, number=n, rows=rows,
-                )  # fmt: skip
+                self._put(other, tensors[other], site, one, number=n, rows=rows)
 
     def is_transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool:
         """Return whether the matrix of a tensor is `(in, out)`.
@@ -405,6 +398,15 @@ class Places:
             if _may_be_wrong(spec) and shown != stated and shown == stated[::-1]:
                 return spec.name
         return None
+
+
+def _of_matrix(spec: SiteSpec, matrix: tuple[int, int], transposed: bool) -> SiteSpec:
+    """Return the site of one matrix of a stack, of some rows of it, or of a whole weight."""
+    n_out, n_in = matrix[::-1] if transposed else matrix
+    return replace(
+        spec, in_features=n_in, out_features=n_out, weight_shape=matrix,
+        transposed=transposed, experts=None, only=None, share="",
+    )  # fmt: skip
 
 
 def _may_be_wrong(spec: SiteSpec) -> bool:

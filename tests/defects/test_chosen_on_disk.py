@@ -68,6 +68,14 @@ def test_what_is_merged_on_disk_is_the_delta_of_the_chosen_experts(
         torch.testing.assert_close(merged[name], W + due, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_an_adapter_of_chosen_experts_is_truncated_too(rule: str, tmp_path: Path) -> None:
+    model, _ = adapted("mixtral", tmp_path / "base", **RULES[rule])
+    cut = li.truncate(li.adapter_state(model), rank=2).state.sites[STACK]
+    due = delta_of(model, "mixtral", RULES[rule].get("only", range(3)))
+    torch.testing.assert_close(effect(cut), due, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("given", ["value", "file"])
 def test_an_analysis_is_of_the_chosen_experts(given: str, tmp_path: Path, run: Any) -> None:
     model, _ = adapted("gpt_oss", tmp_path / "base", only=[1, 2])

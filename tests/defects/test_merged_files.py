@@ -1,11 +1,13 @@
 """Checkpoints on disk: what was merged, extracted or verified otherwise than it was said."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import fill
 from helpers.experts import experts
 from helpers.merging import (
@@ -81,6 +83,25 @@ def test_the_difference_of_routers_and_of_biases_of_experts_goes_onto_the_model(
     ids = torch.arange(6)[None]
     found = li.load_adapter(base, tmp_path / "a")(ids).logits
     torch.testing.assert_close(found, tuned(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_the_difference_of_a_tied_bias_is_under_each_of_its_names(tmp_path: Path) -> None:
+    """The head of a BERT adds the one that the files lack."""
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 8)
+    settings = transformers.BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    base = transformers.BertForMaskedLM(settings).eval()
+    base.save_pretrained(tmp_path / "base")
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.cls.predictions.bias.normal_()
+        tuned.bert.embeddings.word_embeddings.weight.normal_()
+    tuned.save_pretrained(tmp_path / "tuned")
+    li.extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=8, full=True)
+    merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    ids = torch.arange(6)[None]
+    merged = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out")
+    for found in (merged, li.load_adapter(base, tmp_path / "a")):
+        torch.testing.assert_close(found(ids).logits, tuned(ids).logits, rtol=1e-3, atol=1e-4)
 
 
 # Grown ------------------------------------------------------------------------------------------
@@ -180,6 +201,14 @@ def test_a_layer_of_two_names_gets_every_update_and_bias_under_both(tmp_path: Pa
     for name, value in dict(li.merged_weights(model)).items():
         torch.testing.assert_close(written[name], value)
         assert torch.equal(written[name.replace("one", "two")], written[name])
+
+
+@pytest.mark.parametrize("weight", [-1.0, 0.5])
+def test_a_gain_is_neither_taken_away_nor_weighted(weight: float, tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", {"q.weight": torch.randn(6, 4)})
+    given = WeightedAdapter(state_of(linear("q", 4, 6, variant="dora")), weight)
+    with refused(li.CheckpointError, "'q.weight'", "DoRA"):
+        merge(base, [given], tmp_path / "out")
 
 
 # Messages and places ----------------------------------------------------------------------------
