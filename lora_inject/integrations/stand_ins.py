@@ -45,7 +45,7 @@ LOADED = "_hf_peft_config_loaded"
 _README = "README.md"
 # As true as True, and says whose it is: what transformers' own mixin has set is left alone.
 OURS = "lora_inject"
-_CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
+CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
 # What transformers and diffusers ask of the files of a base; those of an adapter have no choice.
 _OF_A_BASE = {"distributed_checkpoint", "max_shard_size", "safe_serialization", "save_function"}
 _OF_A_BASE |= {"save_original_format", "save_peft_format", "token", "use_flashpack", "variant"}
@@ -115,7 +115,7 @@ class _SaveAdapters(_StandIn):
         if not is_main_process:
             return
         write_files(place, files)
-        if _CHECKPOINT.fullmatch(place.name):
+        if CHECKPOINT.fullmatch(place.name):
             tensors = {
                 key: given.get(key, tensor).detach().to("cpu", copy=True).contiguous()
                 for key, tensor in adapter_tensors(survey).items()

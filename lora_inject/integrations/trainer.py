@@ -8,7 +8,6 @@ checkpoints from being resumed, and refuses parameters that would not be saved.
 from __future__ import annotations
 
 import json
-import re
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from lora_inject.core.model.used import refuse_unused
 from lora_inject.core.roots.root import Injected, check_unmerged, entries, find_root, has_gradient
 from lora_inject.errors import StateError
 from lora_inject.integrations.stand_ins import (
+    CHECKPOINT,
     SAVE,
     adapter_files,
     adapter_tensors,
@@ -30,7 +30,6 @@ from lora_inject.integrations.stand_ins import (
 )
 from lora_inject.integrations.trl import SENT_MERGED
 
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _ASKED = "train with AdapterCheckpoint"
 
 
@@ -102,7 +101,7 @@ class AdapterCheckpoint:
         weakref.finalize(self, forgiving.remove)  # a trainer trains, and loads, more than once
         folder = Path(args.output_dir)
         for path in folder.iterdir() if args.should_save and folder.is_dir() else ():
-            if not _CHECKPOINT.fullmatch(path.name) or not path.is_dir():
+            if not CHECKPOINT.fullmatch(path.name) or not path.is_dir():
                 continue
             if not _is_whole(path) or (saves is None and not _has_adapters(path, model)):
                 aside, n = path.with_name(f"{path.name}.incomplete"), 1

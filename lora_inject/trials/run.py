@@ -22,6 +22,8 @@ from lora_inject.core.roots.root import entries, find_root
 from lora_inject.errors import StateError
 from lora_inject.trials.trial import Trial
 
+Sites = frozenset[tuple[nn.Module, str, str]]
+"""Where tensors are: module, parameter and role of each."""
 RECENT = 10
 """Steps over which the training loss in the table is averaged."""
 KEPT = ("n_steps", "n_passes", "losses", "pending", "held_out", "stopped")
@@ -33,8 +35,8 @@ class Run:
 
     Attributes:
         trial: Its settings.
-        sites: What tells where its tensors are, and of which kind.
         parameters: Its trained tensors.
+        sites: Where these are.
         optimizer: Its own AdamW.
         losses: Its training loss at each step.
         n_steps: Steps done.
@@ -54,7 +56,7 @@ class Run:
                     parameter = self._held[module, flat] = held_by(module)[flat]
                     sites.add((module, entry.param, role))
                     of_B |= {parameter: None} if role == "B" else {}
-        self.sites = frozenset(sites)
+        self.sites: Sites = frozenset(sites)
         # By identity: the copy of a tied tensor is at each of its places.
         self.parameters = [*dict.fromkeys(self._held.values())]
         self._kinds = [(p.dtype, p.device) for p in self.parameters]

@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -39,8 +38,10 @@ from lora_inject.errors import LayerError, LoraInjectError, StateError
 from lora_inject.rows.by_row import Rows, Taking
 from lora_inject.rows.seen import rows_alike
 from lora_inject.trials.batches import Form, Forward, Joined, joined_batch, leaves_of, n_tokens
-from lora_inject.trials.run import Run
+from lora_inject.trials.run import Run, Sites
 
+MOST_KNOWN = 64
+"""Forwards that are remembered: one that holds a tensor of its step is another one each time."""
 Lengths = dict[nn.Module, tuple[int, tuple[int, ...]]]
 """For each layer what it got for each row in the first pass, and the widths of that batch."""
 
@@ -141,7 +142,7 @@ class TrialRows(Rows):
         return layer._lora_dropped(args, kwargs, kept, updates, gain)
 
     def _drop(self, layer: Any, name: str, x: Tensor, p: float) -> Tensor:
-        """Drop elements of one trial's rows, drawn for what is not padded."""
+        """Drop elements of one trial's rows, drawn for what is not padded; the rest stays."""
         if not p or self.seeds is None:
             return x
         seed = hash((self.seeds[name], self.numbers[layer])) % 2**63
@@ -151,7 +152,7 @@ class TrialRows(Rows):
         part = each[:, :own]
         kept = torch.rand(part.shape, generator=draw, device=x.device, dtype=torch.float32) >= p
         dropped = part * kept.to(x.dtype) / (1 - p)
-        return F.pad(dropped, (0, 0, 0, each.shape[1] - part.shape[1])).view(x.shape)
+        return torch.cat([dropped, each[:, own:]], 1).view(x.shape)
 
 
 def parts_of(forward: Any) -> list[Any]:
@@ -181,7 +182,7 @@ class _Known:
 
     parts: list[Any]
     in_turn: bool = False
-    sites: set[frozenset[Any]] = field(default_factory=set)
+    sites: set[Sites] = field(default_factory=set)
     form: Form | None = None
     lengths: Lengths = field(default_factory=dict)
     moved: list[str] | None = None
@@ -272,10 +273,15 @@ class Passes:
     ) -> _Known:
         """Return what is known of a forward, after a look at trials on sites that are new."""
         modes = tuple(module.training for module in self._modules)
-        shapes = tuple(t.dim() for t in tree_leaves(of.batch) if isinstance(t, Tensor))
+        leaves = tree_leaves(of.batch)
+        shapes = tuple(t.dim() for t in leaves if isinstance(t, Tensor))
+        flags = tuple(leaf for leaf in leaves if isinstance(leaf, bool | str))
         uneven = len(set(of.lengths.values())) > 1
         parts = parts_of(forward)
-        known = self._known.setdefault((*map(id, parts), modes, shapes, uneven), _Known(parts))
+        key = (*map(id, parts), modes, shapes, flags, uneven)
+        known = self._known.setdefault(key, _Known(parts))
+        if len(self._known) > MOST_KNOWN:
+            self._known.pop(next(iter(self._known)))
         if drops and len(self.runs) > 1:
             self._check_still(known, batches, forward)
         if len(batches) == 1 or known.in_turn:
@@ -352,21 +358,20 @@ class Passes:
             n: tree_map(_one_token, batch, some[next(iter(others))]) for n, batch in others.items()
         }
         moved = [p for other in others for p in self.runs[other].parameters]
-        for mine, theirs in (
-            (tree_map(_half, some[name]), beside), (some[name], beside), (some[name], others),
-        ):  # fmt: skip
+
+        def stays(mine: Any, theirs: Mapping[str, Any]) -> bool:
+            alone = run({name: mine})[name]
+            with _moved(moved):
+                return _alike(run({name: mine, **theirs})[name], alone)
+
+        for mine in (tree_map(_half, some[name]), some[name]):
             try:
-                alone = run({name: mine})
-                with _moved(moved):
-                    together = run({name: mine, **theirs})
+                return stays(mine, beside)
             except LayerError:
                 raise
-            except Exception:
-                if theirs is others:
-                    raise
+            except Exception:  # noqa: BLE001, S112 - the base refuses such rows
                 continue
-            return _alike(together[name], alone[name])
-        return True
+        return stays(some[name], others)
 
 
 @contextmanager

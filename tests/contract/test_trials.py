@@ -508,16 +508,20 @@ def layers(*between: nn.Module) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:trials run in turn")
-def test_another_closure_of_the_same_code_is_another_forward() -> None:
-    """Of two closures that differ in what they hold, one subtracts the mean of the batch."""
+@pytest.mark.parametrize("told_by", ["closure", "entry"])
+def test_another_closure_of_the_same_code_is_another_forward(told_by: str) -> None:
+    """Of two closures, or flags of a batch, one lets it subtract the mean of the batch."""
     model, trials, x = layers(), of_ranks("all-linear"), noise(4, 3, 4)
     running = Trials(model, trials)
 
     def forward(mixes: bool) -> Callable[[Any], Tensor]:
-        return lambda x: model(x) - (model(x).mean(0) if mixes else 0)
+        return lambda b: model(b["x"]) - (model(b["x"]).mean(0) if mixes or b["mixes"] else 0)
 
     for step, each in enumerate(x):
-        running.step({"a": each, "b": 2 * each}, forward=forward(step > 1), loss=square)
+        mixes = step > 1
+        flag = mixes and told_by == "entry"
+        rows = {n: {"x": i * each, "mixes": flag} for i, n in enumerate("ab", 1)}
+        running.step(rows, forward=forward(mixes and told_by == "closure"), loss=square)
     for i, (name, trial) in enumerate(trials.items()):
         plain = plain_loop(
             layers(), name, trial, [[(1 + i) * each] for each in x], first_square,
