@@ -65,5 +65,5 @@ def _tables_of(module: nn.Module) -> list[Any]:
     attached = attached_to(module)
     if attached is None:
         return [module.__dict__, *held]
-    adapters = (attached.__dict__, attached.flat, attached.forward)
+    adapters = (attached.__dict__, attached.flat, attached.took_part, attached.forward)
     return [module.__dict__, *held, *adapters, attached.reads, *attached.reads.values()]
