@@ -252,3 +252,15 @@ def test_however_it_is_loaded(call: str) -> None:
     same = injected()
     CALLS[call](same, source.state_dict())
     assert same_bits(same(X), source(X))
+
+
+@pytest.mark.parametrize("change", ["other numbers", "merged", "unmerged"])
+def test_functional_calls_with_what_means_something_else_are_refused(change: str) -> None:
+    model, source = injected(), injected(alpha=64 if change == "other numbers" else 4)
+    if change != "other numbers":
+        li.merge(source if change == "merged" else model)
+    wanted = model(X)
+    with refused(li.StateError, "scale 32" if change == "other numbers" else "merged", model=model):
+        torch.func.functional_call(model, source.state_dict(), (X,))
+    assert same_bits(model(X), wanted)
+    assert same_bits(torch.func.functional_call(model, model.state_dict(), (X,)), wanted)

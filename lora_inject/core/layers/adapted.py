@@ -29,6 +29,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_inject.core.functional.lazy import LazyWeight
 from lora_inject.core.functional.patches import patch
+from lora_inject.core.functional.torch_inside import runs_plainly
 from lora_inject.core.layers.attached import Attached, held_by
 from lora_inject.core.layers.checkpointing import check_live_checkpoint
 from lora_inject.core.layers.library import check_not_offloaded
@@ -43,7 +44,7 @@ from lora_inject.core.layers.reading import (
 from lora_inject.core.layers.recurrent import members_of_recurrent
 from lora_inject.core.layers.selection import Selected
 from lora_inject.core.layers.starting import EMPTYING, on_meta
-from lora_inject.core.layers.state_dict import taking, tell
+from lora_inject.core.layers.state_dict import check_put, taking, tell
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
 
@@ -220,7 +221,9 @@ class Adapted(nn.Module):
 
     @_lora_forms.setter
     def _lora_forms(self, value: Tensor) -> None:
-        """Ignore what `torch.func.functional_call` puts there: only loading compares."""
+        """Compare what `torch.func.functional_call` puts there, where its values can be read."""
+        if value.numel() and runs_plainly():
+            check_put(self._lora, value)
 
     def _load_from_state_dict(
         self,

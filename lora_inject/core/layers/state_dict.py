@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.reading import keeping
@@ -228,6 +228,26 @@ def _check_part(
                 continue
             if theirs is not None or not is_own(module, flat, state_dict[key]):
                 _check_same(key, prefix, theirs, Form.of(entry))
+
+
+def check_put(attached: Attached, value: Tensor) -> None:
+    """Raise if the dict of a `functional_call` means something else than the module here.
+
+    Its values would have the scale that is here; merged ones would be W + 2 delta.
+    """
+    told = _told_of(FORMS, {FORMS: value}, {})
+    problems = [
+        f"its adapter {entry.adapter!r} has {difference}"
+        for entry in attached.entries()
+        if (theirs := told.forms.get(entry.adapter, {}).get(entry.mark)) is not None
+        for difference in theirs.differences(Form.of(entry))
+    ]
+    if told.merged.keys() != attached.selection.merged.keys():
+        there, here = (", ".join(m) or "none" for m in (told.merged, attached.selection.merged))
+        problems.append(f"it holds merged adapters ({there}), and the model others ({here})")
+    if problems:
+        remedy = "Give the state dict of the model as it is now, or its parameters alone"
+        raise StateError("functional_call with a state dict", problems[0], remedy)
 
 
 def _check_same(key: str, prefix: str, theirs: Form | None, here: Form) -> None:
