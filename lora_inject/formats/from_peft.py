@@ -66,7 +66,9 @@ def from_peft(
     train = [f"[^.]*{name}" for name in saved]  # PEFT matches the end of a name, without a dot
     lora = lora.model_copy(update={"modules_to_save": [*lora.modules_to_save, *heads]})
     if inventory is None:
-        targets, exclude = _rules(lora, asked), _excluded(lora, saved)
+        # What is kept whole is not adapted; a list of names is matched by whole segments.
+        exclude = saved if isinstance(lora.target_modules, str) else []
+        targets = _rules(lora, asked)
     else:
         _check_saved(train, inventory, asked)
         if model is not None and any(candidate.experts for candidate in inventory.candidates):
@@ -296,24 +298,14 @@ def _targets(lora: LoraFields) -> list[str]:
     return patterns
 
 
-def _excluded(lora: LoraFields, saved: Iterable[str]) -> list[str]:
-    """Return patterns of the names that are not adapted."""
-    given = lora.exclude_modules
-    exclude = [whole(given)] if isinstance(given, str) else list(map(re.escape, given or ()))
-    # What is kept whole is not adapted; a list of names is matched by whole segments.
-    return [*exclude, *saved] if isinstance(lora.target_modules, str) else exclude
+def _rules(lora: LoraFields, asked: str) -> list[str]:
+    """Return a pattern for each target; refuse fields that say what holds for some names.
 
-
-def _rules(lora: LoraFields, asked: str) -> list[Any]:
-    """Return a rule for each target; refuse fields that say what holds for some names."""
-    for field in ("rank_pattern", "alpha_pattern", "layers_pattern"):
-        if getattr(lora, field):
+    PEFT leaves out a name, and nothing below it, and counts layers by the last number.
+    """
+    numbers = ("rank_pattern", "alpha_pattern", "layers_pattern")
+    for field in (*numbers, "layers_to_transform", "exclude_modules"):
+        if getattr(lora, field) not in (None, [], {}, ""):
             problem = "it is read with the names of a model, and none is given"
             raise _error(asked, field, problem, "Give the LoraConfig to inject(model, config)")
-    parameters = {re.escape(name) for name in lora.target_parameters}
-    return [
-        {"match": target, "layers": lora.layers}
-        if lora.layers and target not in parameters
-        else target
-        for target in _targets(lora)
-    ]
+    return _targets(lora)

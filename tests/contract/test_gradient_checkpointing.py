@@ -1,6 +1,8 @@
 """Gradient checkpointing of adapted models works, or says what to call."""
 
+import copy
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -12,6 +14,7 @@ from helpers.reference import gpt2_of_two_layers
 from helpers.refusals import refused
 from torch import nn
 from torch.utils.checkpoint import (
+    CheckpointError,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -125,3 +128,43 @@ def test_selective_checkpoints_change_no_gradient(saved, rule, dtype, limit, sha
         grads.append(torch.autograd.grad(run(x).square().sum(), tuned))
     for one, *others in zip(*grads, strict=True):
         assert all(error(one, other) < limit for other in others)
+
+
+CHANGES: dict[str, Callable[[nn.Module, li.AdapterState], Any]] = {
+    "merge": lambda model, _: li.merge(model),
+    "eject": lambda model, _: li.eject(model, "default"),
+    "swap": lambda model, other: li.swap_adapter(model, other),
+}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("beside", ["nothing", "another adapter on another layer"])
+def test_a_change_before_the_backward_is_refused_there(
+    beside: str, change: str, training: bool, reentrant: bool
+) -> None:
+    """Where the last adapter of a layer was ejected, the plain layer ran again in its place."""
+    model = fill(li.inject(Two().double(), {"rank": 2, "targets": ["up", "down"]}))
+    other = li.adapter_state(fill(copy.deepcopy(model), seed=3))
+    if beside != "nothing":
+        li.inject(model, {"rank": 2, "targets": ["down"]}, "beside")
+        li.activate(model, "default")
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    loss = checkpoint(model.train(training).up, x, use_reentrant=reentrant).square().sum()
+    CHANGES[change](model, other)
+    with pytest.raises((li.StateError, CheckpointError)):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_another_model_may_change_before_the_backward(reentrant: bool) -> None:
+    model, other = (
+        fill(li.inject(Two().double(), {"rank": 2, "targets": ["up", "down"]})) for _ in range(2)
+    )
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    (wanted,) = torch.autograd.grad(model(x).square().sum(), x)
+    loss = checkpoint(model, x, use_reentrant=reentrant).square().sum()
+    li.eject(other)
+    loss.backward()
+    torch.testing.assert_close(x.grad, wanted)

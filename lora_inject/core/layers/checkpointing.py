@@ -32,6 +32,18 @@ from lora_inject.errors import LayerError, StateError
 _in_vain = threading.local()
 
 
+class _Asked(dict[Selection, Selected]):
+    """What a context holds that changes nothing, and notes whose layers asked who takes part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = set[object]()
+
+    def __contains__(self, selection: object) -> bool:
+        self.by.add(selection)
+        return False
+
+
 class Recomputed:
     """A checkpointed function, and who took part when it began, with which values.
 
@@ -41,6 +53,7 @@ class Recomputed:
     def __init__(self, function: Callable[..., Any], *, first: bool) -> None:
         self._function = function
         self._first = first
+        self._asked = _Asked()
         self._then = {s: (s.here(), s.versions, s.merged) for s in alive(SELECTIONS)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +68,8 @@ class Recomputed:
         live = any(isinstance(t, Tensor) and t.requires_grad for t in args)
         around, _in_vain.now = getattr(_in_vain, "now", False), not live
         try:
-            return self._function(*args, **kwargs)
+            with in_context(self._asked):
+                return self._function(*args, **kwargs)
         finally:
             _in_vain.now = around
 
@@ -66,8 +80,10 @@ class Recomputed:
         """
         then = {s: self._who(s) for s in alive(SELECTIONS)}
         for selection, selected in then.items():
-            if isinstance(selected, _Gone) and selection.into_graphs is not None:
-                raise selected.error  # a graph asks nobody
+            # A graph asks nobody, nor does a layer whose last adapter was ejected.
+            asked = selection in self._asked.by or selection.into_graphs is not None
+            if isinstance(selected, _Gone) and asked:
+                raise selected.error
         return {s: selected for s, selected in then.items() if s.here() is not selected}
 
     def _who(self, selection: Selection) -> Selected:
