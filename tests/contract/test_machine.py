@@ -383,7 +383,7 @@ class Machine(RuleBasedStateMachine):
         biased = [(n, of) for n, of in adapted.items() if "lora_bias" in allowed(further, of)]
         twice = any(n.removesuffix(of.name) + of.bias in train for n, of in biased)
         in_use = name in truth.adapters or truth.merged is not None
-        li.plan(self.model, config)
+        self.refused(lambda: li.plan(self.model, config), must=twice)
         if self.refused(lambda: li.inject(self.model, config, name), must=in_use or twice):
             return
         truth.active = {}
@@ -743,9 +743,12 @@ class Machine(RuleBasedStateMachine):
             twin = next((base[n] for n in self.tied(key) if n in base), None)
             new = torch.randn(value.shape, generator=generator).to(value.dtype)
             base[key] = (new if twin is None else twin).clone()
-        must = self.truth.merged is not None
-        if not self.refused(lambda: self.model.load_state_dict(base, assign=assign), must=must):
-            self.truth.load(base, assign)
+        if self.truth.merged is not None:  # torch has written the modules before a refused one
+            other = copy.deepcopy(self.model)
+            self.refused(lambda: other.load_state_dict(base, assign=assign), must=True)
+            return
+        self.model.load_state_dict(base, assign=assign)
+        self.truth.load(base, assign)
 
     @is_unmerged
     @has_adapters
