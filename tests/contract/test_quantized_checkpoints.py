@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import lora_inject as li
 
 quiet = pytest.mark.filterwarnings("ignore")
+SUMS = 5e-6  # what float32 sums over a block of 2**17 values are off; the processor says how far
 
 
 def share_kept(merged: Tensor, before: Tensor, exact: Tensor) -> float:
@@ -180,7 +181,8 @@ def test_a_packed_base_is_written_in_its_format_again_or_the_format_is_named(
     due = dequantized(*quantized(exact, block), block)
     assert error(result, due.double()) < 1e-6
     assert (row.action, row.dtype) == ("folded", "float8")
-    assert row.kept == pytest.approx(share_kept(result, packed.values["q.weight"], exact))
+    share = share_kept(result, packed.values["q.weight"], exact)
+    assert row.kept == pytest.approx(share, rel=SUMS)
 
 
 def test_scales_that_are_powers_of_two_stay_so(tmp_path: Path) -> None:
@@ -364,7 +366,7 @@ def test_files_of_bitsandbytes_merge_as_the_live_model_does(form: str, tmp_path:
     assert error(found, exact) < 1.02 * error(live, exact)
     assert error(found, exact) < 0.5 * error(W, exact)
     assert row.dtype == ("int8" if form == "int8" else form[:3])
-    assert row.kept == pytest.approx(share_kept(found, W, exact), abs=1e-5)
+    assert row.kept == pytest.approx(share_kept(found, W, exact), rel=SUMS)
     with refused(li.CheckpointError, "'0.weight'", "--dequantize"):
         merge(base, [state * 1e-3], tmp_path / "no", requantize=True, min_kept=0.9)
     assert not (tmp_path / "no").exists()

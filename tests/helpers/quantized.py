@@ -36,6 +36,8 @@ def bitsandbytes(cls: str, net: Any, **options: Any) -> nn.Module:
     """A plain net with its linear layers in a class of bitsandbytes."""
     make = getattr(imported("bitsandbytes").nn, cls)
     options = {"compute_dtype": torch.float32, **options} if cls == "Linear4bit" else options
-    made = nn.Sequential(make(N, N, **options), nn.Tanh(), make(N, 32, **options))
+    sizes = ((layer.in_features, layer.out_features) for layer in (net[0], net[2]))
+    first, last = (make(*size, **options) for size in sizes)
+    made = nn.Sequential(first, nn.Tanh(), last)
     made.to(net[0].weight.dtype).load_state_dict(net.state_dict())
     return made.to("cpu")  # this is what quantizes
