@@ -27,26 +27,24 @@ srt/lora/mem_pool.py (`load_lora_weight_to_buffer`); vLLM 0.32, lora/lora_weight
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from lora_inject.core.adapter.reshape import renamed, split_site, split_stack, turned
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import serialize
-from lora_inject.core.spec.names import leaf
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import CONVERT, ModelFacts
 from lora_inject.formats.pairs import plain_sites
 from lora_inject.formats.peft import folder
 from lora_inject.formats.peft.folder import CONFIG, MODEL, contents
-from lora_inject.formats.peft.tensor_layout import PREFIX
-from lora_inject.formats.single_experts import block_and_part, missing_matrices
+from lora_inject.formats.single_experts import (
+    as_server_stacks,
+    block_and_part,
+    missing_matrices,
+)
 
 KINDS = ("linear", "conv1d", "embedding", "conv")
 
@@ -143,10 +141,6 @@ def _matrices(site: SiteState, facts: ModelFacts) -> dict[str, SiteState]:
     return made
 
 
-_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}
-_SHARED = {"w1": "A", "w3": "A", "w2": "B"}
-
-
 def write_shared(
     state: AdapterState,
     _path: Path,
@@ -164,40 +158,12 @@ def write_shared(
         FormatError: Experts have factors of their own where the layout has one for all.
     """
     plain = plain_state(single_experts(state, facts), dtype, rank)
-    stacks: dict[tuple[str, str], dict[int, SiteState]] = defaultdict(dict)
-    others: dict[str, SiteState] = {}
-    for name, site in plain.sites.items():
-        place = block_and_part(name)
-        if place is None:
-            others[name] = site
-        elif place[2] not in _PARTS:
-            problem = f"servers know gate_proj, up_proj, down_proj, w1, w2, w3, not {place[2]!r}"
-            raise FormatError(f"site '{name}'", problem, 'Write it with format="vllm"')
-        else:
-            stacks[place[0], _PARTS[place[2]]][place[1]] = site
-    names = {leaf(name) for name in plain.sites.keys() - others.keys()}
-    _, tensors, config, _ = contents(replace(plain, sites=others), plain_facts(facts))
-    for (block, part), experts in stacks.items():
-        tensors |= _stacked(f"{block}.{part}", part, [experts[n] for n in sorted(experts)])
-    config["target_modules"] = sorted({*(config["target_modules"] or ()), *names})
-    config["r"] = config["lora_alpha"] = next(iter(plain.sites.values())).spec.rank
+    _, tensors, config, _ = contents(plain, plain_facts(replace(facts, expert_names=())))
+    places = ((name, block_and_part(name)) for name in config["target_modules"])
+    config["target_modules"] = sorted({place[2] if place else name for name, place in places})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    return {CONFIG: text.encode(), MODEL: serialize(tensors, {"format": "pt"})}
-
-
-def _stacked(name: str, part: str, experts: list[SiteState]) -> dict[str, Tensor]:
-    """Return A and B of a matrix of all experts, one of them once."""
-    factors = {"A": [site.A for site in experts], "B": [site.B for site in experts]}
-    shared = _SHARED[part]
-    first, *rest = factors[shared]
-    if not all(torch.equal(first, other) for other in rest):
-        problem = f"each expert has its own {shared}, and the layout has one for all"
-        remedy = "Train it with share: A on gate and up and share: B on down, or write a pair for "
-        raise FormatError(f"experts '{name}'", problem, f'{remedy}each expert: format="vllm"')
-    factors[shared] = [first]
-    return {
-        f"{PREFIX}{name}.lora_{role}.weight": torch.stack([*each]) for role, each in factors.items()
-    }
+    content = serialize(as_server_stacks(tensors), {"format": "pt"})
+    return {CONFIG: text.encode(), MODEL: content}
 
 
 WRITERS: dict[str, Callable[..., dict[str, bytes]]] = {

@@ -1,6 +1,7 @@
-"""Names of single experts, and of the stacks `experts.w1`, `w2` and `w3` that servers load.
+"""Names of single experts, and the stacks `experts.w1`, `w2` and `w3` that servers load.
 
-Such a stack is one tensor for all experts, whose A or B may be one for all (`servers` writes them).
+Such a stack is one tensor for the A or the B of all experts. A file's tensors are rewritten here,
+both ways: a pair for each expert, as PEFT names them, and the stacks of the matrices.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_inject.errors import FormatError
 
 _SINGLE = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
-_KEY = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
+_PAIR = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.lora_([AB])\.weight")
+_STACK = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
 _NAMINGS = (("gate_proj", "down_proj", "up_proj"), ("w1", "w2", "w3"))
+_NUMBERS = {name: number for naming in _NAMINGS for number, name in enumerate(naming, 1)}
+_SHARED = {1: "A", 2: "B", 3: "A"}
+"""By the number of a matrix: the factor that all experts have in common, in stacks once."""
 
 
 def block_and_part(name: str) -> tuple[str, int, str] | None:
@@ -55,7 +61,7 @@ def missing_matrices(names: Iterable[str], known: Collection[str] = ()) -> list[
 
 def has_server_stacks(keys: Iterable[str]) -> bool:
     """Return whether keys of a file are of such stacks."""
-    return any(".experts.w" in key and _KEY.fullmatch(key) for key in keys)
+    return any(".experts.w" in key and _STACK.fullmatch(key) for key in keys)
 
 
 def as_single_experts(
@@ -73,7 +79,7 @@ def as_single_experts(
     targets = config.get("target_modules")
     said = targets if isinstance(targets, list) else []
     naming = next((n for n in _NAMINGS if any(part in said for part in n)), _NAMINGS[0])
-    places = {key: match.groups() for key in tensors if (match := _KEY.fullmatch(key))}
+    places = {key: match.groups() for key in tensors if (match := _STACK.fullmatch(key))}
     sizes: dict[str, set[int]] = defaultdict(set)
     for key, (block, _, _) in places.items():
         if tensors[key].dim() != 3:
@@ -93,4 +99,34 @@ def as_single_experts(
         for expert in range(max(sizes[block])):
             name = f"{block}.{expert}.{naming[int(part[1]) - 1]}.lora_{role}.weight"
             made[name] = tensor[expert if len(tensor) > 1 else 0]
+    return made
+
+
+def as_server_stacks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file with the pairs of single experts in stacks.
+
+    Raises:
+        FormatError: Servers do not know a matrix, or experts have factors of their own where the
+            layout has one for all.
+    """
+    made: dict[str, Tensor] = {}
+    stacks: dict[tuple[str, int, str], dict[int, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        if (match := _PAIR.fullmatch(key)) is None:
+            made[key] = tensor
+            continue
+        block, expert, name, role = match.groups()
+        if name not in _NUMBERS:
+            problem = f"servers know {', '.join(_NUMBERS)}, not {name!r}"
+            raise FormatError(f"tensor '{key}'", problem, 'Write it with format="vllm"')
+        stacks[block, _NUMBERS[name], role][int(expert)] = tensor
+    for (block, number, role), of in stacks.items():
+        first, *others = each = [of[expert] for expert in sorted(of)]
+        if role == _SHARED[number] and not all(torch.equal(first, other) for other in others):
+            problem = f"each expert has its own {role}, and the layout has one for all"
+            remedy = "Train it with share: A on gate and up and share: B on down, or write a pair "
+            remedy += 'for each expert: format="vllm"'
+            raise FormatError(f"experts '{block}.w{number}'", problem, remedy)
+        stacked = [first] if role == _SHARED[number] else each
+        made[f"{block}.w{number}.lora_{role}.weight"] = torch.stack(stacked)
     return made

@@ -234,6 +234,13 @@ def test_servers_compute_what_the_model_does_with_the_option_that_check_names(tm
         assert li.check_adapter(path, client, base=tmp_path / "base")[0].stops
 
 
+@needs_transformers_5
+def test_a_config_targets_the_matrices_of_experts_and_nothing_else(tmp_path: Path) -> None:
+    path = of(moe(), [GATE_UP, DOWN], tmp_path, "sglang")
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
+
+
 OTHERWISE: dict[str, tuple[list[Any], list[str]]] = {
     "an A of each": ([{"match": GATE_UP["match"]}, DOWN], ["w1'", "vllm"]),
     "a B of each": ([GATE_UP, {"match": DOWN["match"]}], ["w2'", "share: B"]),
