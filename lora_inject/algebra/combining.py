@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import printable
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.tables import Listing, wrapped
+from lora_inject.core.spec.tables import Figures, Listing, Report, wrapped
 from lora_inject.errors import StateError, check_list, check_type, within
 from lora_inject.formats.exchange import read_adapter
 
@@ -332,7 +332,7 @@ def truncate(
 
 
 @dataclass(frozen=True)
-class SiteDifference:
+class SiteDifference(Figures):
     """One site in two adapters: ranks and Frobenius norms, 0 where an adapter lacks it.
 
     `distance` is the norm of the difference, `cosine` that of the angle, None where one is zero.
@@ -345,7 +345,7 @@ class SiteDifference:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Report):
     """Two adapters compared.
 
     Attributes:
@@ -370,21 +370,17 @@ class Difference:
         dots = (s.cosine * s.norms[0] * s.norms[1] for s in self.sites.values() if s.cosine)
         return sum(dots) / (sizes[0] * sizes[1]) if all(sizes) else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as plain data."""
-        return {**asdict(self), "distance": self.distance, "cosine": self.cosine}
-
-    def text(self, width: int = 80, *, everything: bool = False) -> str:
-        """Return the sites, those of one kind in one line unless `everything`, and the totals."""
+    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+        """Yield the sites, those of one kind in one line unless `everything`, and the totals."""
         heads = ("site", "ranks", "|one|", "|two|", "|one - two|", "cosine")
         cells = tuple(
             (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
             for name, site in self.sites.items()
         )
-        lines = [*Listing(heads, cells).lines(width, everything=everything)]
+        yield from Listing(heads, cells).lines(width, everything=everything)
         for name, apart in self.trained.items():
             where = "in only one of them" if apart is None else f"|one - two| = {apart:.3g}"
-            lines.append(f"trained {printable(name)}: {where}")
+            yield f"trained {printable(name)}: {where}"
         if self.equal:
             likeness = "equal in every bit"
         elif self.distance == 0 and all(apart == 0 for apart in self.trained.values()):
@@ -393,9 +389,7 @@ class Difference:
             likeness = "not equal"
         cosine = "-" if self.cosine is None else f"{self.cosine:.6f}"
         whole = f"|one - two| = {self.distance:.6g}"
-        return "\n".join(
-            [*lines, *wrapped(f"{likeness}; {whole}, cosine {cosine}, over all sites", width)]
-        )
+        yield from wrapped(f"{likeness}; {whole}, cosine {cosine}, over all sites", width)
 
 
 def diff(one: Adapter, two: Adapter) -> Difference:

@@ -19,7 +19,6 @@ from torch import Tensor
 from lora_inject.algebra.values import called
 from lora_inject.analysis.numbers import (
     SHARES,
-    Figures,
     Place,
     Spectrum,
     similarity,
@@ -31,7 +30,7 @@ from lora_inject.checkpoint import Checkpoint
 from lora_inject.checkpoint.pieces import Progress, counting_bytes
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import counted, templates
-from lora_inject.core.spec.tables import Listing, listed, number, wrapped
+from lora_inject.core.spec.tables import Figures, Listing, Report, listed, number, wrapped
 from lora_inject.errors import StateError
 
 ONE_DIRECTION = 0.99  # of the energy in the first direction: a block that has only one
@@ -202,7 +201,7 @@ class Finding(Figures):
 
 
 @dataclass(frozen=True)
-class Analysis(Figures):
+class Analysis(Report):
     """An adapter in numbers.
 
     Attributes:
@@ -292,10 +291,6 @@ class Analysis(Figures):
             for name, site in sites.items()
         )
         return Listing(("kept (error) after merging in", "stored", *formats), rows)
-
-    def text(self, width: int = 80, *, everything: bool = False) -> str:
-        """Return the figures as tables, by kind of site unless `everything`, and the findings."""
-        return "\n".join(self._lines(width, everything=everything))
 
     def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
         tables = [self.block_rows(), self.weight_rows(), self.rounding_rows()]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.numbers import Figures, site_blocks
+from lora_inject.analysis.numbers import site_blocks
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.tables import Listing, listed, sides, wrapped
+from lora_inject.core.spec.tables import Figures, Listing, Report, listed, sides, wrapped
 from lora_inject.core.spec.variants import VARIANTS
 
 _OF_SPEC = (
@@ -84,7 +84,7 @@ class SiteFigures(Figures):
 
 
 @dataclass(frozen=True)
-class Inspection(Figures):
+class Inspection(Report):
     """An adapter in numbers."""
 
     sites: tuple[SiteFigures, ...]
@@ -124,10 +124,6 @@ class Inspection(Figures):
         tensors = (*self.trained.values(), *self.base_copies.values())
         in_sites = sum(site.n_nonfinite for site in self.sites)
         return in_sites + sum(tensor.n_nonfinite for tensor in tensors)
-
-    def text(self, width: int = 80, *, everything: bool = False) -> str:
-        """Return what is in the adapter, by kind of site unless `everything`."""
-        return "\n".join(self._lines(width, everything=everything))
 
     def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
         if self.sites:

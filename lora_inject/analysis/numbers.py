@@ -15,9 +15,9 @@ Source: arXiv:2106.09685, section 7.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,32 +26,12 @@ from lora_inject.algebra.svd import ThinProduct
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.spec.sites import Block, SiteSpec
+from lora_inject.core.spec.tables import Figures
 from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import StateError
 
 SHARES = (0.90, 0.95, 0.99)
 """Shares of the energy for which the needed rank is stated."""
-
-
-class Figures:
-    """A dataclass of numbers: its fields are what was computed, its properties what follows."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return fields and properties as plain data."""
-        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
-        for cls in reversed(type(self).__mro__):
-            names += [name for name, value in vars(cls).items() if isinstance(value, property)]
-        return {name: _plain(getattr(self, name)) for name in names if name[0] != "_"}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Figures):
-        return value.to_dict()
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)

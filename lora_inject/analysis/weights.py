@@ -18,7 +18,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.numbers import Figures, Place, blocks_of_terms
+from lora_inject.analysis.numbers import Place, blocks_of_terms
 from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.places import place_adapter
@@ -28,6 +28,7 @@ from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS
 from lora_inject.core.functional.fold import Delta, Tally
 from lora_inject.core.spec.sites import Block
+from lora_inject.core.spec.tables import Figures
 from lora_inject.errors import CheckpointError
 
 INT4_GROUP = 64

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.spec.names import counted, is_bias
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.tables import Listing, listed, span, wrapped
+from lora_inject.core.spec.tables import Figures, Listing, Report, listed, span, wrapped
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.exchange import write_adapter
 from lora_inject.formats.model_facts import ModelFacts
@@ -41,7 +40,7 @@ _CONVOLUTIONS = (
 
 
 @dataclass(frozen=True)
-class Extracted:
+class Extracted(Figures):
     """The result for one tensor that differs between the checkpoints."""
 
     name: str  # the tensor
@@ -53,7 +52,7 @@ class Extracted:
 
 
 @dataclass(frozen=True)
-class ExtractReport:
+class ExtractReport(Report):
     """What an extraction found.
 
     Attributes:
@@ -71,12 +70,8 @@ class ExtractReport:
         """Names of tensors whose difference the adapter does not hold."""
         return tuple(tensor.name for tensor in self.tensors if tensor.kept == "left")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data."""
-        return {**asdict(self), "left": list(self.left)}
-
-    def text(self, width: int = 80, *, everything: bool = False) -> str:
-        """Return what the adapter holds of the difference, and what was left behind."""
+    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+        """Yield what the adapter holds of the difference, and what was left behind."""
         low = [tensor for tensor in self.tensors if tensor.kept == "low rank"]
         low.sort(key=lambda tensor: tensor.energy or 0.0)
         cells = tuple((t.name, float(t.rank or 0), t.relative, t.energy) for t in low)
@@ -88,12 +83,9 @@ class ExtractReport:
             f"{counted(self.n_sites, 'site')}, {counted(n_full, 'tensor')} in full; "
             f"{len(self.left):,} left behind, {self.n_equal:,} equal to the base's"
         )
-        lines = [
-            *rows.lines(width, everything=everything, joined=joined),
-            *listed("left behind:", self.left, width, everything=everything),
-            *wrapped(totals, width),
-        ]
-        return "\n".join(lines)
+        yield from rows.lines(width, everything=everything, joined=joined)
+        yield from listed("left behind:", self.left, width, everything=everything)
+        yield from wrapped(totals, width)
 
 
 def extract_adapter(

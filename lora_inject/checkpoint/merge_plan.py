@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,13 @@ from lora_inject.checkpoint.places import place_adapter
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_no_update
 from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
 from lora_inject.core.spec.names import counted
-from lora_inject.core.spec.tables import Listing, in_bytes, sides, wrapped
+from lora_inject.core.spec.tables import Listing, Report, in_bytes, sides, wrapped
 from lora_inject.errors import CheckpointError
 from lora_inject.version import __version__
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergePlan(Report):
     """Everything that a merge will do.
 
     Attributes:
@@ -138,8 +138,8 @@ class MergePlan:
             "notes": list(self.notes),
         }
 
-    def text(self, width: int = 80, *, everything: bool = False) -> str:
-        """Return what a merge would do; tensors of one kind share a line unless `everything`."""
+    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+        """Yield what a merge would do; tensors of one kind share a line unless `everything`."""
         cells = [(job.name, job.action, job.dtype, sides(job.shape)) for job in self.jobs]
         rows = Listing(("tensor", "action", "dtype", "shape"), tuple(cells))
         sentences = [
@@ -155,8 +155,9 @@ class MergePlan:
             f"would write {in_bytes(self.n_bytes)} in {counted(len(self.shards), 'file')}: "
             f"{in_bytes(n_copied)} copied as they are, {counted(len(self.jobs), 'tensor')} changed"
         )
-        lines = [*rows.lines(width, everything=everything)]
-        return "\n".join([*lines, *(part for each in sentences for part in wrapped(each, width))])
+        yield from rows.lines(width, everything=everything)
+        for sentence in sentences:
+            yield from wrapped(sentence, width)
 
 
 def plan_merge(

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from lora_inject.checkpoint.pieces import BytesDone, Progress, stream
 from lora_inject.core.files.row_reader import read_at
 from lora_inject.core.files.safetensors_file import FLOATS, Header, read_header
 from lora_inject.core.spec.names import counted, printable
-from lora_inject.core.spec.tables import MOST_NAMES, in_bytes, wrapped
+from lora_inject.core.spec.tables import MOST_NAMES, Report, in_bytes, wrapped
 from lora_inject.errors import CheckpointError, user_path
 
 MOST_NEIGHBORS = 1e-3
@@ -40,7 +39,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Report):
     """What a verification found.
 
     Attributes:
@@ -62,12 +61,8 @@ class VerifyReport:
             *(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True))
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data."""
-        return {**asdict(self), "problems": list(self.problems)}
-
-    def text(self, width: int = 80, *, everything: bool = False) -> str:
-        """Return what is wrong, a part of it unless `everything`, and what was compared."""
+    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+        """Yield what is wrong, a part of it unless `everything`, and what was compared."""
         wrong = [f"wrong: {problem}" for problem in sorted(self.problems)]
         if not everything and len(wrong) > MOST_NAMES:
             wrong[MOST_NAMES:] = [f"and {len(wrong) - MOST_NAMES:,} more (--all)"]
@@ -78,7 +73,8 @@ class VerifyReport:
             f"{counted(self.n_tensors, 'tensor')} computed again ({values}), "
             f"{in_bytes(self.copied_bytes)} equal to the base's"
         )
-        return "\n".join([*map(printable, wrong), *wrapped(totals, width)])
+        yield from map(printable, wrong)
+        yield from wrapped(totals, width)
 
     def check(self) -> None:
         """Raise an error if there are problems.

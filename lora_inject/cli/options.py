@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
@@ -18,6 +18,7 @@ from lora_inject.cli.show import print_json, say, width
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.spec.names import counted, nearest
+from lora_inject.core.spec.tables import Report
 from lora_inject.errors import CheckpointError, FormatError, LoraInjectError, user_path
 from lora_inject.formats.exchange import (
     DEFAULT,
@@ -80,29 +81,17 @@ def model_folder(path: Path) -> Path:
     raise CheckpointError(f"open '{path}'", problem, remedy)
 
 
-class Result(Protocol):
-    """What a function of the package returns: plain data, and text that fits a width."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        ...
-
-    @property
-    def text(self) -> Callable[..., str]:
-        """The function that returns it in lines."""
-        ...
-
-
 @dataclass(frozen=True)
 class Output:
     """How to print a result."""
 
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False
+    everything = False  # which a listing may be asked for
 
-    def show(self, result: Result, **more: Any) -> None:
+    def show(self, result: Report, **more: Any) -> None:
         """Print a result: its plain data and `more` as JSON, or its text."""
-        options = {name: value for name, value in vars(self).items() if name != "as_json"}
-        self.print({**result.to_dict(), **more}, result.text(width(), **options))
+        text = result.text(width(), everything=self.everything)
+        self.print({**result.to_dict(), **more}, text)
 
     def print(self, data: Mapping[str, Any], text: str) -> None:
         """Print plain data as JSON, or what says it in words."""

@@ -11,13 +11,14 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
 import torch
 
+from lora_inject.core.spec.tables import Figures, Report
 from lora_inject.version import __version__
 
 REQUIREMENTS: tuple[tuple[str, dict[str, str], str], ...] = (
@@ -82,7 +83,7 @@ VARIABLES = (
 
 
 @dataclass(frozen=True)
-class Feature:
+class Feature(Figures):
     """One feature, and whether this environment has what it needs.
 
     Attributes:
@@ -99,7 +100,7 @@ class Feature:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Report):
     """An environment.
 
     Attributes:
@@ -120,18 +121,13 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {"lora-inject": __version__, **asdict(self)}
+        return {"lora-inject": __version__, **super().to_dict()}
 
-    def text(self, width: int = 80) -> str:
-        """Return it in lines, what is switched off first; names of packages are not broken.
-
-        Examples:
-            >>> diagnose().text().startswith("lora-inject ")
-            True
-        """
-        del width
-        lines = [f"lora-inject {__version__} in {sys.prefix}"]
-        lines += (f"  {what}: {value}" for what, value in self.system.items())
+    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+        """Yield what is switched off first; names of packages are not broken."""
+        del width, everything
+        yield f"lora-inject {__version__} in {sys.prefix}"
+        yield from (f"  {what}: {value}" for what, value in self.system.items())
         off = {f.feature: f"{f.here} ({f.without})" for f in self.features if not f.works}
         for title, rows in (
             ("packages", self.packages),
@@ -141,8 +137,9 @@ class Diagnosis:
             ("switched off here", off),
             ("there", {f.feature: f.here for f in self.features if f.works}),
         ):
-            lines += [f"{title}:", *(f"  {k}: {v}" for k, v in rows.items())] if rows else []
-        return "\n".join(lines)
+            if rows:
+                yield f"{title}:"
+                yield from (f"  {key}: {value}" for key, value in rows.items())
 
 
 def diagnose(*, imports: bool = False) -> Diagnosis:

@@ -17,7 +17,7 @@ from lora_inject.core.model.load import load_adapter
 from lora_inject.core.model.probing import refuse_without_room, take_proof
 from lora_inject.core.roots.root import Injected
 from lora_inject.core.spec.names import counted
-from lora_inject.core.spec.tables import wrapped
+from lora_inject.core.spec.tables import Report, wrapped
 from lora_inject.errors import FormatError, user_path
 from lora_inject.formats.exchange import detected, read_adapter
 from lora_inject.formats.proof import KEY, Proof, parse_proof, proof_file
@@ -26,7 +26,7 @@ _NAME = "default"  # of the adapter while it is on the model
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Report):
     """What was stored.
 
     Attributes:
@@ -55,15 +55,15 @@ class Stored:
             "knows_base": self.knows_base,
         }
 
-    def text(self, width: int = 80) -> str:
-        """Return what was stored, in lines that fit."""
+    def _lines(self, width: int, *, everything: bool) -> list[str]:
+        del everything
         proof = self.proof
         words = (
             f"stored: {len(proof.values[0]):,} log-probabilities of "
             f"{counted(len(proof.prompts), 'text')}, which the adapter moves by {proof.effect:.2g} "
             f"(rounding in {proof.dtype}: {proof.noise():.2g}), in '{self.file}'"
         )
-        return "\n".join(wrapped(words, width))
+        return wrapped(words, width)
 
 
 def store_proof(path: str | PathLike[str], model: nn.Module, probe: Any, **reading: Any) -> Stored:

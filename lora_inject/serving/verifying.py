@@ -13,10 +13,10 @@ What computed values say about an adapter: with it, without it, scaled by k, or 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lora_inject.core.layers.survey import evaluating
 from lora_inject.core.model.probing import N_TOP, run, token_values
 from lora_inject.core.roots.root import root_of
 from lora_inject.core.spec.names import nearest
-from lora_inject.core.spec.tables import wrapped
+from lora_inject.core.spec.tables import Report, wrapped
 from lora_inject.errors import ServerError, StateError, user_path
 from lora_inject.formats.pairs import DTYPES
 from lora_inject.formats.proof import Ahead, Proof, read_proof, rms
@@ -40,7 +40,7 @@ _WHAT = "log-probabilities"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Report):
     """What was computed, compared with the proof of an adapter.
 
     Attributes:
@@ -72,13 +72,9 @@ class Verdict:
         """Whether the adapter is there, as it was saved."""
         return self.word == "with"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return {**asdict(self), "notes": [*self.notes], "ok": self.ok}
-
-    def text(self, width: int = 80) -> str:
-        """Return it in words, in lines that fit."""
-        return "\n".join(wrapped(str(self), width))
+    def _lines(self, width: int, *, everything: bool) -> list[str]:
+        del everything
+        return wrapped(str(self), width)
 
     def __str__(self) -> str:
         """Say it in words, with the distances."""

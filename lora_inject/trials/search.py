@@ -36,7 +36,7 @@ from lora_inject.core.model.listing import adapters
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.names import counted
-from lora_inject.core.spec.tables import Listing
+from lora_inject.core.spec.tables import Listing, Report
 from lora_inject.errors import FormatError, StateError, check_type, user_path
 from lora_inject.trials.batches import Forward, copied, in_one_order, plain_forward, size_of
 from lora_inject.trials.losses import Loss, default_loss, scalar_loss
@@ -132,7 +132,7 @@ class Rung:
 
 
 @dataclass
-class Search:
+class Search(Report):
     """A running or finished search, with its evidence.
 
     Attributes:
@@ -204,11 +204,12 @@ class Search:
             "config": self.config.to_dict(),
         }
 
-    def text(self, width: int = 80) -> str:
-        """Return a row for each trial, the best of the last rung first, and the best one's name.
+    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+        """Yield a row for each trial, the best of the last rung first, and the best one's name.
 
         After a sign: behind the best, with the standard error over the held-out batches.
         """
+        del everything
         order = dict.fromkeys(n for rung in reversed(self.rungs) for n in ranked(rung.held_out))
         order |= dict.fromkeys(self.candidates)
         points = ((name, self.candidates[name]) for name in order)
@@ -217,10 +218,9 @@ class Search:
             for name, p in points
         )
         heads = ("trial", "lr", "parameters", *(f"after {steps} steps" for _, steps in self.plan))
-        lines = [*Listing(heads, rows).lines(width, everything=True)]
+        yield from Listing(heads, rows).lines(width, everything=True)
         if self.rungs[-1].held_out:
-            lines.append(f"best: {self.best}; {self.seconds:.0f} s of training")
-        return "\n".join(lines)
+            yield f"best: {self.best}; {self.seconds:.0f} s of training"
 
     def to_yaml(self) -> str:
         """Return the best config as YAML, with the evidence for it in comments."""

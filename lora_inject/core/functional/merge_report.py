@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from lora_inject.core.spec.tables import Listing, Shown, wrapped
+from lora_inject.core.spec.tables import Figures, Listing, Report, Shown, wrapped
 
 FEW = 10
 """So many tensors are printed each in a line of its own."""
@@ -15,7 +15,7 @@ NOTHING = 5e-5
 
 
 @dataclass(frozen=True)
-class TensorReport:
+class TensorReport(Figures):
     """What became of one merged tensor.
 
     Attributes:
@@ -39,13 +39,9 @@ class TensorReport:
     kept: float | None = None
     error: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data."""
-        return {**asdict(self), "shape": list(self.shape), "sites": list(self.sites)}
-
 
 @dataclass(frozen=True, repr=False)
-class MergeReport(Shown):
+class MergeReport(Shown, Report):
     """What a merge did.
 
     Attributes:
@@ -99,16 +95,15 @@ class MergeReport(Shown):
         data["adapters"] = [list(row) for row in self.adapters]
         return {**data, "warning": self.warning}
 
-    def text(self, width: int = 80, *, everything: bool = False) -> str:
-        """Return what is left of each delta, the worst of each kind, and the totals."""
+    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+        """Yield what is left of each delta, the worst of each kind, and the totals."""
         heads = ("tensor", "action", "dtype", "|D|/|W|", "kept", "error")
         cells = [(t.name, t.action, t.dtype, t.relative, t.kept, t.error) for t in self.counted]
         rows = Listing(heads, tuple(cells), {"kept": min, "error": max})
         joined = "Of several: the median |D|/|W| and the worst of the others."
-        lines = [*rows.lines(width, everything=everything, joined=joined)]
+        yield from rows.lines(width, everything=everything, joined=joined)
         for sentence in (*(f"note: {note}" for note in self.notes), self.totals()):
-            lines += wrapped(sentence, width)
-        return "\n".join(lines)
+            yield from wrapped(sentence, width)
 
     def totals(self) -> str:
         """Return what was merged into what, with what must not be overlooked."""

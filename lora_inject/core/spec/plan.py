@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lora_inject.core.spec.config import Active, Config, Normal, Rule
 from lora_inject.core.spec.names import counted, templates
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.tables import Shown, columns, sides, wrapped
+from lora_inject.core.spec.tables import Report, Shown, columns, sides, wrapped
 
 
 class Skipped(NamedTuple):
@@ -40,7 +40,7 @@ class Trained(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Plan(Shown):
+class Plan(Shown, Report):
     """What a config does to a model, before it is done.
 
     Attributes:
@@ -97,12 +97,18 @@ class Plan(Shown):
             "notes": list(self.notes),
         }
 
-    def text(self, width: int = 80, *, everything: bool = False) -> str:
-        """Return the plan as a table that fits into a width; no name is broken.
-
-        Names that differ in numbers share a row, unless `everything`.
-        """
-        return "\n".join(_lines(self, width, everything=everything))
+    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+        """Yield sites by rule, what else trains, what was skipped, totals."""
+        for i, rule in enumerate(self.config.targets):
+            sites = [site for site in self.sites if site.rule == i]
+            numbers = _numbers(self.config.filled(rule), sites)
+            yield from wrapped(f"rule {i + 1} '{rule.match}': {numbers}", width, "  ")
+            entries = [(site.name, _cells(site)) for site in sites]
+            yield from _table(entries, width, everything=everything)
+        yield from _trained_lines(self, width, everything=everything)
+        yield from _skipped_lines(self, width, everything=everything)
+        for line in (*(f"note: {note}" for note in self.notes), _totals(self)):
+            yield from wrapped(line, width, "  ")
 
     def __str__(self) -> str:
         return self.text()
@@ -112,20 +118,6 @@ def _as_data(site: SiteSpec) -> dict[str, Any]:
     slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": site.slices.adapt}
     names = [field.name for field in fields(site) if field.name != "shapes"]
     return {**{name: getattr(site, name) for name in names}, "slices": slices}
-
-
-def _lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:
-    """Yield the plan line by line: sites by rule, what else trains, what was skipped, totals."""
-    for i, rule in enumerate(plan.config.targets):
-        sites = [site for site in plan.sites if site.rule == i]
-        numbers = _numbers(plan.config.filled(rule), sites)
-        yield from wrapped(f"rule {i + 1} '{rule.match}': {numbers}", width, "  ")
-        entries = [(site.name, _cells(site)) for site in sites]
-        yield from _table(entries, width, everything=everything)
-    yield from _trained_lines(plan, width, everything=everything)
-    yield from _skipped_lines(plan, width, everything=everything)
-    for line in (*(f"note: {note}" for note in plan.notes), _totals(plan)):
-        yield from wrapped(line, width, "  ")
 
 
 def _trained_lines(plan: Plan, width: int, *, everything: bool) -> Iterator[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from html import escape
 from statistics import median
 from typing import Any
@@ -187,6 +187,38 @@ def in_bytes(n: int) -> str:
 def sides(shape: Iterable[int]) -> str:
     """Return a shape as `2 x 1,024`."""
     return " x ".join(f"{side:,}" for side in shape) or "scalar"
+
+
+class Figures:
+    """A dataclass of figures: its fields are what was computed, its properties what follows."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return fields and properties as plain data."""
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        for cls in reversed(type(self).__mro__):
+            names += [name for name, value in vars(cls).items() if isinstance(value, property)]
+        return {name: _plain(getattr(self, name)) for name in names if name[0] != "_"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Figures):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else value  # a tensor
+
+
+class Report(Figures):
+    """What a function found or did: figures for programs, and lines for people."""
+
+    def text(self, width: int = 80, *, everything: bool = False) -> str:
+        """Return it in lines that fit; what there is much of is joined unless `everything`."""
+        return "\n".join(self._lines(width, everything=everything))
+
+    def _lines(self, width: int, *, everything: bool) -> Iterable[str]:
+        raise NotImplementedError
 
 
 class Shown:
