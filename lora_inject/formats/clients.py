@@ -94,6 +94,7 @@ class Checked:
         modules: The names of the base's modules, None if they are not known.
         base: The config of the base's language model, with all defaults.
         kind: The base's `model_type`, which servers go by.
+        transposed: The names of the base's modules that have `is_transposed`, None if not known.
         unfit: Says why PEFT's layers cannot stand in a module's place.
     """
 
@@ -102,6 +103,7 @@ class Checked:
         self.modules = facts.modules_in_files()
         self.base = facts.text_config("") if facts.config else {}
         self.kind = (facts.config or {}).get("model_type")
+        self.transposed = facts.transposed_modules if facts.orientation_known else None
         self.unfit = facts.unfit or (lambda _: "")
         self.config: Mapping[str, Any] = {}
         self.fields = LoraFields()
@@ -296,6 +298,8 @@ def _stacks_in_vllm(files: Checked) -> Objections:
     half = [n for n in sorted(stacks) if not {n, f"{n}.base_layer"} <= files.pairs.keys()]
     yield from _about(half, "vLLM wants both stacks of experts adapted: {}", MERGE)
     yield from _forms_of_experts(files, bool(stacks) and not half)
+    if files.kind in (None, *VLLM_STACKS):
+        yield from _turned_stacks(files, stacks)
     lost = missing_matrices(files.pairs, files.modules or ())
     yield from _about(
         lost, "vLLM wants every matrix of every expert adapted, and stops at {}", MERGE
@@ -315,6 +319,19 @@ def _forms_of_experts(files: Checked, has_stacks: bool) -> Objections:
     if kind in VLLM_STACKS and not files.shared:
         problem = f"vLLM has stacks of experts for the model_type {kind!r}, and refuses {{}}"
         yield from _about(single, problem, "Write it in PEFT's format (--to peft)")
+
+
+def _turned_stacks(files: Checked, stacks: set[str]) -> Objections:
+    """Find stacks whose A is of the output, as PEFT until 0.18 took each for (in, out)."""
+    known = files.transposed
+    if files.fields.takes_every_stack_turned:
+        problem = (
+            "vLLM takes A of a stack for the factor of its input, as PEFT until 0.18 wrote it "
+        )
+        problem += "only for modules that have is_transposed: {}"
+        fix = f"{CONVERT}peft --base BASE`"
+        wrong = sorted(stacks - {*(known or ())})
+        yield from _about(wrong, problem, fix, stops=known is not None)
 
 
 def _ranks_in_vllm(largest: int) -> Objections:

@@ -1,7 +1,7 @@
 """Stacks of experts that PEFT 0.17 and 0.18 adapted, whose sides they took the other way round.
 
 The references are the einsum of PEFT 0.18.1 (tuners/lora/layer.py, `ParamWrapper.get_delta_weight`)
-and, for vLLM, B A of each single matrix, as it multiplies.
+and, for vLLM, what its own loader makes of a file (helpers/vllm_experts.py).
 """
 
 import json
@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.experts import experts
+from helpers.experts import SIZES, THREE, TURNED, experts
 from helpers.merging import load_checkpoint, merge
 from helpers.refusals import refused
 from helpers.states import effect
 from helpers.versions import needs_transformers_5
-from safetensors.torch import load_file, save_file
+from helpers.vllm_experts import of_single_experts, of_stacks
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import lora_inject as li
 from lora_inject.checkpoint.places import Places
@@ -24,21 +26,20 @@ from lora_inject.checkpoint.places import Places
 pytestmark = needs_transformers_5
 RANK, SCALE = 2, 1.5
 MODULE = "model.layers.0.mlp.experts"
-PREFIX = f"base_model.model.{MODULE}"
 STACKS = ("gate_up_proj", "down_proj")  # in the order of the class: the first one is inside
 
 
-def of_peft_018(model: Any, folder: Path) -> dict[str, Tensor]:
+def of_peft_018(model: Any, folder: Path, block: str = MODULE) -> dict[str, Tensor]:
     """Write an adapter on both stacks as PEFT 0.18.1 does; return its deltas of the stacks."""
-    tensors, deltas = {}, {}
+    tensors, deltas, prefix = {}, {}, f"base_model.model.{block}"
     for wrapper, name in zip((".base_layer", ""), STACKS, strict=True):
-        n, rows, columns = model.get_parameter(f"{MODULE}.{name}").shape
+        n, rows, columns = model.get_parameter(f"{block}.{name}").shape
         A, B = torch.randn(n * RANK, rows), torch.randn(columns, RANK * n)
-        tensors |= {f"{PREFIX}{wrapper}.lora_A.weight": A, f"{PREFIX}{wrapper}.lora_B.weight": B}
+        tensors |= {f"{prefix}{wrapper}.lora_A.weight": A, f"{prefix}{wrapper}.lora_B.weight": B}
         of_expert = A.reshape(n, -1, rows), B.reshape(columns, -1, n)
         deltas[name] = SCALE * torch.einsum("o r e, e r i -> e i o", of_expert[1], of_expert[0])
     said = {"peft_type": "LORA", "peft_version": "0.18.1", "r": RANK, "lora_alpha": RANK * SCALE}
-    said |= {"target_modules": [], "target_parameters": [f"{MODULE}.{name}" for name in STACKS]}
+    said |= {"target_modules": [], "target_parameters": [f"{block}.{name}" for name in STACKS]}
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(said))
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -98,17 +99,55 @@ def test_a_square_stack_that_is_merged_the_wrong_way_round_is_found(
 
 
 @pytest.mark.parametrize("hidden", [8, 12])
-def test_pairs_for_vllm_are_those_of_the_bases_matrices(hidden: int, tmp_path: Path) -> None:
+def test_vllm_adds_the_pairs_to_the_bases_matrices(hidden: int, tmp_path: Path) -> None:
     """Also by way of a value, which was read without the base."""
     model, _ = base_of(tmp_path / "base", hidden_size=hidden)
-    due = apart(of_peft_018(model, tmp_path / "adapter"))
+    due = of_peft_018(model, tmp_path / "adapter")
     value = li.read_adapter(tmp_path / "adapter", tensor_names=[*model.state_dict()])
+    names = ("gate_proj", "down_proj", "up_proj")
     for n, adapter in enumerate((tmp_path / "adapter", value)):
         path = li.convert(adapter, tmp_path / f"{n}", "vllm", base=tmp_path / "base")
-        pairs = load_file(path / "adapter_model.safetensors")
-        for name, delta in due.items():
-            A, B = (pairs[f"base_model.model.{name}.lora_{role}.weight"] for role in "AB")
-            torch.testing.assert_close(B @ A, delta, rtol=1e-5, atol=1e-5)
+        assert li.check_adapter(path, "vllm", base=tmp_path / "base") == []
+        added = of_single_experts(path, MODULE, names, 4, hidden, 4)
+        torch.testing.assert_close(added, (*due.values(),), rtol=1e-5, atol=1e-5)
+    (finding,) = li.check_adapter(tmp_path / "adapter", "vllm", base=tmp_path / "base")
+    assert finding.stops
+    assert "--to vllm" in finding.fix
+
+
+def qwen3_vl(inner: int) -> Any:
+    """A tiny Qwen3-VL-MoE, whose files hold stacks as (experts, out, in)."""
+    text = SIZES | THREE | {"moe_intermediate_size": inner, "head_dim": 4}
+    eye = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+    eye |= {"out_hidden_size": 8, "num_position_embeddings": 4, "deepstack_visual_indexes": []}
+    settings = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=eye)
+    return AutoModelForImageTextToText.from_config(settings)
+
+
+@pytest.mark.parametrize("inner", [4, 6])  # gate and up are square together, and not
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_vl_moe"])
+def test_vllm_adds_stacks_to_a_base_whose_files_hold_them(
+    family: str, inner: int, tmp_path: Path
+) -> None:
+    """It takes A for what meets the input, as PEFT 0.18 did for GPT-OSS alone."""
+    turned = family in TURNED
+    model = experts(family, intermediate_size=inner)[0] if turned else qwen3_vl(inner)
+    block = MODULE if turned else MODULE.replace("model.", "model.language_model.")
+    model.save_pretrained(tmp_path / "base")
+    deltas = of_peft_018(model, tmp_path / "adapter", block)
+    due = tuple(delta.mT if turned else delta for delta in deltas.values())
+    paths = [li.convert(tmp_path / "adapter", tmp_path / "a", "peft", base=tmp_path / "base")]
+    paths += [tmp_path / "adapter"] if turned else []
+    for path in paths:
+        assert li.check_adapter(path, "vllm", base=tmp_path / "base") == []
+        added = of_stacks(path, block, 3, 8, inner)
+        torch.testing.assert_close(added, due, rtol=1e-5, atol=1e-5)
+    if not turned:
+        for base, stops in ((tmp_path / "base", True), (None, False)):
+            findings = li.check_adapter(tmp_path / "adapter", "vllm", base=base)
+            (finding,) = [f for f in findings if "0.18" in f.problem]
+            assert finding.stops == stops
+            assert "--to peft" in finding.fix
 
 
 @pytest.mark.parametrize("hidden", [8, 12])

@@ -114,6 +114,14 @@ class LoraFields(BaseModel):
         return match and (int(match[1]), int(match[2]))
 
     @property
+    def takes_every_stack_turned(self) -> bool:
+        """Whether each stack of experts was taken for (experts, in, out), as by PEFT until 0.18.
+
+        Since then those are whose module has `is_transposed`.
+        """
+        return self.version is not None and self.version < (0, 19)
+
+    @property
     def layers(self) -> list[int]:
         """The layers to transform; empty for all."""
         given = self.layers_to_transform

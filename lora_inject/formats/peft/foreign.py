@@ -236,12 +236,12 @@ class Foreign:
     def _is_transposed(self, name: str, n_in: int, n_out: int) -> bool:
         """Whether PEFT took a stack for (experts, in, out).
 
-        Until 0.18 it took every stack so, since then those whose module has `is_transposed`. Of a
-        square matrix neither is seen in the file: it names no class, and before 0.18 no version.
+        Of a square matrix it is not seen in the file: it names no class, and before 0.18 no
+        version.
         """
         version = self.fields.version
         modules = self.facts.transposed_modules if self.facts.orientation_known else None
-        if version is not None and version < (0, 19):
+        if self.fields.takes_every_stack_turned:
             return True
         if n_in == n_out and None in (modules, version):
             problem = f"its matrices are square ({n_in}), and the file does not say whether the "
