@@ -50,6 +50,32 @@ def test_the_report_says_what_rounding_left(dtype: torch.dtype, relative: float)
     assert "layer.weight" in str(report)
 
 
+class Products(TorchDispatchMode):
+    """Counts products of matrices, and what waits for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = self.n_waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        self.n += name in {"mm", "addmm", "bmm", "baddbmm"}
+        self.n_waits += name in {"_local_scalar_dense", "nonzero"}
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_merge_forms_each_update_once_in_every_dtype() -> None:
+    """Also where the dtype could overflow, of which the merged weight itself tells."""
+    waits = {}
+    for dtype in (torch.float32, *SIXTEEN):
+        model, _ = delta_of(0.5, dtype)
+        with Products() as products:
+            li.merge(model)
+        assert products.n == 1, dtype
+        waits[dtype] = products.n_waits
+    assert waits[torch.float16] == waits[torch.bfloat16]
+
+
 def test_what_has_no_effect_is_named_in_the_report() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
     li.inject(model, {"rank": 2, "alpha": 2, "targets": [r"\d"]})

@@ -87,7 +87,9 @@ def test_a_live_model_is_held_to_what_programs_differ_by(off: float, ok: bool, s
     assert li.verify_loaded(model, source=saved).ok == ok
 
 
-def test_a_loaded_adapter_knows_its_files(saved: Path, tmp_path: Path) -> None:
+def test_a_loaded_adapter_knows_its_files(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unproven(name: str, *named: str) -> None:
         with refused(li.StateError, f"'{name}'", *named):
             li.verify_loaded(model, name)
@@ -102,7 +104,8 @@ def test_a_loaded_adapter_knows_its_files(saved: Path, tmp_path: Path) -> None:
     li.save_adapter(model, tmp_path / "plain", "second")
     with refused(li.LoraInjectError, "proof"):
         li.verify_loaded(model, "second")
-    li.swap_adapter(model, saved, "second")
+    monkeypatch.setenv("HOME", str(saved.parent))
+    li.swap_adapter(model, f"~/{saved.name}", "second")
     assert li.verify_loaded(model, "second").ok
     li.swap_adapter(model, copy.deepcopy(li.adapter_state(model, "second")), "second")
     unproven("second", "source=")

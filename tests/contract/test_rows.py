@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    FSMTConfig,
     MambaConfig,
     MixtralConfig,
+    OPTConfig,
     T5Config,
     T5ForConditionalGeneration,
     XLNetConfig,
@@ -519,6 +521,19 @@ def xlnet() -> Any:
     return AutoModel.from_config(XLNetConfig(vocab_size=31, **sizes))
 
 
+def encoder_of_fsmt() -> Any:
+    """Its layers have time first."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "encoder_ffn_dim": 24}
+    words = {"src_vocab_size": 31, "tgt_vocab_size": 31, "langs": ["en", "de"]}
+    settings = FSMTConfig(**sizes, **words, encoder_attention_heads=2, decoder_attention_heads=2)
+    return AutoModel.from_config(settings).encoder
+
+
+def opt() -> Any:
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return AutoModel.from_config(OPTConfig(**sizes, vocab_size=31, word_embed_proj_dim=16))
+
+
 SQUARE, LONGER = torch.arange(9).view(3, 3) + 2, torch.arange(60).reshape(3, 5, 4).sin().double()
 CUBE = torch.arange(36).reshape(3, 3, 4).sin().double()
 ELSEWHERE: dict[str, tuple[Callable[[], Any], list[str], Any]] = {
@@ -535,6 +550,8 @@ ELSEWHERE: dict[str, tuple[Callable[[], Any], list[str], Any]] = {
         encoder_of_t5, ["relative_attention_bias", "[qv]"], SQUARE,
     ),
     "as many positions as rows, XLNet": (xlnet, ["all-linear"], SQUARE),
+    "as many positions as rows, FSMT": (encoder_of_fsmt, ["all-linear"], SQUARE),
+    "rows and positions in one axis, OPT": (opt, ["fc1", "fc2"], IDS[:3]),
     "rows and positions in one axis": (Flattened, ["q", "fc1"], LONGER),
     "rows and positions in one axis, nowhere else": (Flattened, ["fc1"], LONGER),
 }  # fmt: skip

@@ -6,6 +6,7 @@ change the selection in every way between a forward and its backward.
 
 import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -255,13 +256,21 @@ class Foreign(torch.autograd.Function):
         return None, x.grad
 
 
-def test_a_foreign_checkpoint_is_right_though_a_reference_ran_meanwhile() -> None:
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_a_foreign_checkpoint_is_right_though_a_reference_ran_meanwhile(in_a_thread: bool) -> None:
     """As in a step of DPO, whose reference is the model without its adapter."""
+
+    def reference(model: Net, x: Tensor) -> None:
+        with li.disabled(model), torch.no_grad():
+            model(x)
 
     def scenario(model: Net, x: Tensor) -> None:
         y = Foreign.apply(model, x)
-        with li.disabled(model), torch.no_grad():
-            model(x)
+        if in_a_thread:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(reference, model, x).result()
+        else:
+            reference(model, x)
         backward(y)
 
     plain = net()
