@@ -1,7 +1,7 @@
 """Stacks of experts that PEFT 0.17 and 0.18 adapted, whose sides they took the other way round.
 
 The references are the einsum of PEFT 0.18.1 (tuners/lora/layer.py, `ParamWrapper.get_delta_weight`)
-and, for vLLM, what its own loader makes of a file (helpers/vllm_experts.py).
+and, for vLLM, what its own loader makes of a file (helpers/expert_loaders.py).
 """
 
 import json
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.expert_loaders import as_sglang_loads_it, of_single_experts, of_stacks
 from helpers.experts import SIZES, THREE, TURNED, experts
 from helpers.merging import load_checkpoint, merge
 from helpers.refusals import refused
 from helpers.states import effect
 from helpers.versions import needs_transformers_5
-from helpers.vllm_experts import of_single_experts, of_stacks
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -29,12 +29,21 @@ MODULE = "model.layers.0.mlp.experts"
 STACKS = ("gate_up_proj", "down_proj")  # in the order of the class: the first one is inside
 
 
-def of_peft_018(model: Any, folder: Path, block: str = MODULE) -> dict[str, Tensor]:
-    """Write an adapter on both stacks as PEFT 0.18.1 does; return its deltas of the stacks."""
+def of_peft_018(
+    model: Any, folder: Path, block: str = MODULE, *, shared: bool = False
+) -> dict[str, Tensor]:
+    """Write an adapter on both stacks as PEFT 0.18.1 does; return its deltas of the stacks.
+
+    `shared`: what meets the model's own width is one factor for all experts.
+    """
     tensors, deltas, prefix = {}, {}, f"base_model.model.{block}"
     for wrapper, name in zip((".base_layer", ""), STACKS, strict=True):
         n, rows, columns = model.get_parameter(f"{block}.{name}").shape
         A, B = torch.randn(n * RANK, rows), torch.randn(columns, RANK * n)
+        if shared and name == "gate_up_proj":
+            B = B[:, ::n].repeat_interleave(n, dim=1)
+        elif shared:
+            A = A[:RANK].repeat(n, 1)
         tensors |= {f"{prefix}{wrapper}.lora_A.weight": A, f"{prefix}{wrapper}.lora_B.weight": B}
         of_expert = A.reshape(n, -1, rows), B.reshape(columns, -1, n)
         deltas[name] = SCALE * torch.einsum("o r e, e r i -> e i o", of_expert[1], of_expert[0])
@@ -148,6 +157,15 @@ def test_vllm_adds_stacks_to_a_base_whose_files_hold_them(
             (finding,) = [f for f in findings if "0.18" in f.problem]
             assert finding.stops == stops
             assert "--to peft" in finding.fix
+
+
+@pytest.mark.parametrize("hidden", [8, 12])
+def test_sglang_adds_shared_factors_to_the_bases_matrices(hidden: int, tmp_path: Path) -> None:
+    model, _ = base_of(tmp_path / "base", hidden_size=hidden)
+    due = of_peft_018(model, tmp_path / "adapter", shared=True)
+    path = li.convert(tmp_path / "adapter", tmp_path / "a", "sglang", base=tmp_path / "base")
+    added = as_sglang_loads_it(load_file(path / "adapter_model.safetensors"), 4)
+    torch.testing.assert_close(added, [*due.values()], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("hidden", [8, 12])

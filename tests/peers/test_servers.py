@@ -4,13 +4,13 @@ Tensors are held to the dense delta by each server's own steps.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import fill
+from helpers.expert_loaders import as_sglang_loads_it, as_vllm_loads_it
 from helpers.experts import experts, moe
 from helpers.reference import IDS, llama, logits
 from helpers.reference import adapted as adapted_dense
@@ -182,39 +182,6 @@ def test_half_of_the_matrices_of_an_expert_are_refused(tmp_path: Path) -> None:
 
 
 # ------------------------------------------- experts that share a factor: `experts.w1`, `w2`, `w3`
-
-
-def as_sglang_loads_it(tensors: dict[str, Tensor], n_experts: int) -> list[Tensor]:
-    """The experts' updates of a block, by the steps of SGLang's loader.
-
-    `_rename_expert_w_to_proj`, `normalize_gate_up_proj` (A and B one after the other along the
-    rank, and along the outputs), `load_lora_weight_to_buffer` with `experts_shared_outer_loras`:
-    the first slice of gate_up's A and of down's B.
-    """
-    called = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-    parts = {
-        re.sub(r"^(w[123])", lambda m: called[m[1]], key.split("experts.")[1]): tensor
-        for key, tensor in tensors.items()
-        if "experts" in key
-    }
-    a = torch.cat([parts["gate_proj.lora_A.weight"], parts["up_proj.lora_A.weight"]], 1)
-    b = torch.cat([parts["gate_proj.lora_B.weight"], parts["up_proj.lora_B.weight"]], 1)
-    assert (a.dim(), len(a), len(b)) == (3, 1, n_experts)
-    rank, width = b.shape[2], b.shape[1] // 2
-    down_a, down_b = parts["down_proj.lora_A.weight"], parts["down_proj.lora_B.weight"]
-    gate, up = b[:, :width] @ a[0, :rank], b[:, width:] @ a[0, rank:]
-    return [torch.cat([gate, up], 1), down_b[0] @ down_a]
-
-
-def as_vllm_loads_it(tensors: dict[str, Tensor], n_experts: int) -> list[Tensor]:
-    """The same by `pack_moe_stacked` and `FusedMoEWithLoRA.set_lora`."""
-    stacks = {key.split("experts.")[1]: t for key, t in tensors.items() if "experts" in key}
-    a = [stacks[f"w{n}.lora_A.weight"] for n in (1, 2, 3)]
-    b = [stacks[f"w{n}.lora_B.weight"] for n in (1, 2, 3)]
-    assert [len(t) for t in a] == [1, n_experts, 1]
-    assert [len(t) for t in b] == [n_experts, 1, n_experts]
-    w1, w2, w3 = (up @ down for up, down in zip(b, a, strict=True))
-    return [torch.cat([w1, w3], 1), w2]
 
 
 @needs_transformers_5

@@ -1,8 +1,8 @@
-"""How vLLM reads an adapter of experts, step by step, as far as the weights that it adds.
+"""How servers read an adapter of experts, step by step, as far as the weights that they add.
 
-Source: https://github.com/vllm-project/vllm, in `vllm/lora/`, each at the commit that was read:
-`lora_model.py` (0306474e9d1f: `from_local_checkpoint`), `utils.py` (`parse_fine_tuned_lora_name`,
-`process_packed_modules_mapping`), `model_manager.py` (01533aa8f9c0:
+Source for vLLM: https://github.com/vllm-project/vllm, in `vllm/lora/`, each at the commit that was
+read: `lora_model.py` (0306474e9d1f: `from_local_checkpoint`), `utils.py`
+(`parse_fine_tuned_lora_name`, `process_packed_modules_mapping`), `model_manager.py` (01533aa8f9c0:
 `_create_merged_loras_inplace`, `_stack_moe_lora_weights`), `lora_weights.py` (055e47c28003:
 `pack_moe`, `optimize`), `layers/fused_moe.py` (0002540ca51c: the buffers and both `set_lora`). Its
 kernels multiply with A and then with B of the buffers, for one expert after the other.
@@ -10,6 +10,7 @@ kernels multiply with A and then with B of the buffers, for one expert after the
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,36 @@ def of_stacks(folder: Path, block: str, n: int, hidden: int, inner: int) -> tupl
         updates.append(_added(n, n_in, n_out, A.reshape(n, -1, A.shape[-1]), by_expert))
     assert not pairs
     return updates[0], updates[1]
+
+
+def as_sglang_loads_it(tensors: dict[str, Tensor], n_experts: int) -> list[Tensor]:
+    """The experts' updates of a block, by the steps of SGLang's loader.
+
+    `_rename_expert_w_to_proj`, `normalize_gate_up_proj` (A and B one after the other along the
+    rank, and along the outputs), `load_lora_weight_to_buffer` with `experts_shared_outer_loras`:
+    the first slice of gate_up's A and of down's B.
+    """
+    called = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    parts = {
+        re.sub(r"^(w[123])", lambda m: called[m[1]], key.split("experts.")[1]): tensor
+        for key, tensor in tensors.items()
+        if "experts" in key
+    }
+    a = torch.cat([parts["gate_proj.lora_A.weight"], parts["up_proj.lora_A.weight"]], 1)
+    b = torch.cat([parts["gate_proj.lora_B.weight"], parts["up_proj.lora_B.weight"]], 1)
+    assert (a.dim(), len(a), len(b)) == (3, 1, n_experts)
+    rank, width = b.shape[2], b.shape[1] // 2
+    down_a, down_b = parts["down_proj.lora_A.weight"], parts["down_proj.lora_B.weight"]
+    gate, up = b[:, :width] @ a[0, :rank], b[:, width:] @ a[0, rank:]
+    return [torch.cat([gate, up], 1), down_b[0] @ down_a]
+
+
+def as_vllm_loads_it(tensors: dict[str, Tensor], n_experts: int) -> list[Tensor]:
+    """The same by `pack_moe_stacked` and `FusedMoEWithLoRA.set_lora`."""
+    stacks = {key.split("experts.")[1]: t for key, t in tensors.items() if "experts" in key}
+    a = [stacks[f"w{n}.lora_A.weight"] for n in (1, 2, 3)]
+    b = [stacks[f"w{n}.lora_B.weight"] for n in (1, 2, 3)]
+    assert [len(t) for t in a] == [1, n_experts, 1]
+    assert [len(t) for t in b] == [n_experts, 1, n_experts]
+    w1, w2, w3 = (up @ down for up, down in zip(b, a, strict=True))
+    return [torch.cat([w1, w3], 1), w2]
