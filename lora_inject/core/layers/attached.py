@@ -86,6 +86,12 @@ class Entry:
         """Return whether the tensor of a role trains: all but a frozen start."""
         return self.spec is None or role in self.spec.shapes
 
+    def trainable(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the Parameter of each role that trains, as optimizers hold it."""
+        held = module._parameters
+        trained = ((role, held[flat]) for role, flat in self.names.items() if self.trains(role))
+        return {role: parameter for role, parameter in trained if parameter is not None}
+
     @property
     def gained(self) -> bool:
         """Whether its outputs have a gain besides the update of W."""
@@ -143,7 +149,11 @@ NOBODY: tuple[Selected | None, tuple[Recipe, ...]] = None, ()
 
 
 class Attached:
-    """What one module carries."""
+    """What one module carries.
+
+    Tables of entries are replaced, never written to: a forward in another thread reads one as it
+    was, and what a verb has changed is put back by the attributes alone (`layers.snapshot`).
+    """
 
     # What few modules have stands here, as there are many thousands.
     old_forward: Any = None  # that of the plain class, as a hook had saved it on the module
@@ -157,9 +167,9 @@ class Attached:
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection  # says which adapters take part
-        self.forward: dict[str, Entry] = {}  # by adapter, on the output of this layer
-        self.reads: dict[str, dict[str, Entry]] = {}  # by parameter and adapter
-        self.flat: set[str] = set()  # names of the adapters' tensors among the parameters
+        self.forward: Mapping[str, Entry] = {}  # by adapter, on the output of this layer
+        self.reads: Mapping[str, Mapping[str, Entry]] = {}  # by parameter and adapter
+        self.flat: frozenset[str] = frozenset()  # names of their tensors among the parameters
         self._base: tuple[str, ...] = ()  # those of the other parameters
         # For each thread that runs a forward of the module: the effective weights read in it, and
         # the hooks on saved tensors that it was entered with.
@@ -174,19 +184,20 @@ class Attached:
         """Yield the entries of one adapter, or all, forward update first."""
         for table in (self.forward, *self.reads.values()):
             if adapter is None:
-                yield from tuple(table.values())  # another thread may add one meanwhile
+                yield from table.values()
             elif adapter in table:
                 yield table[adapter]
 
     def add(self, entry: Entry) -> None:
         """Register an entry whose tensors are on the module."""
-        self.flat.update(entry.names.values())
+        self.flat = self.flat.union(entry.names.values())
         self.last_chosen = NOBODY
-        if not entry.on_output:
-            self.reads.setdefault(entry.param, {})[entry.adapter] = entry
-            return
-        self.forward[entry.adapter] = entry
-        self._note_kind(entry)
+        if entry.on_output:
+            self.forward = {**self.forward, entry.adapter: entry}
+            self._note_kind(entry)
+        else:
+            beside = self.reads.get(entry.param, {})
+            self.reads = {**self.reads, entry.param: {**beside, entry.adapter: entry}}
 
     def _note_kind(self, entry: Entry) -> None:
         spec = entry.spec
@@ -197,12 +208,13 @@ class Attached:
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""
         removed = list(self.entries(adapter))
-        for table in (self.forward, *self.reads.values()):
-            table.pop(adapter, None)
-        self.reads = {param: table for param, table in self.reads.items() if table}
-        self.took_part.difference_update(entry.mark for entry in removed)
-        self.garbage = self.garbage.difference(entry.mark for entry in removed)
-        self.flat.difference_update(*(entry.names.values() for entry in removed))
+        marks = {entry.mark for entry in removed}
+        self.forward = _without(adapter, self.forward)
+        reads = ((param, _without(adapter, table)) for param, table in self.reads.items())
+        self.reads = {param: table for param, table in reads if table}
+        self.took_part = self.took_part - marks
+        self.garbage = self.garbage - marks
+        self.flat = self.flat.difference(*(entry.names.values() for entry in removed))
         self.last_chosen = NOBODY
         self.float32 = self.gains = False
         for entry in self.forward.values():
@@ -266,6 +278,10 @@ class Attached:
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
         self.selection.add(entry.adapter for entry in self.entries())
+
+
+def _without(adapter: str, table: Mapping[str, Entry]) -> Mapping[str, Entry]:
+    return {name: entry for name, entry in table.items() if name != adapter}
 
 
 def attached_to(module: nn.Module) -> Attached | None:

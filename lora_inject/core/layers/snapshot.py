@@ -63,7 +63,4 @@ def _tables_of(module: nn.Module) -> list[Any]:
     # A table that offloads is no dict; reading its items would load them.
     held = (parameters,) if isinstance(parameters, dict) else _tables(parameters)
     attached = attached_to(module)
-    if attached is None:
-        return [module.__dict__, *held]
-    adapters = (attached.__dict__, attached.flat, attached.took_part, attached.forward)
-    return [module.__dict__, *held, *adapters, attached.reads, *attached.reads.values()]
+    return [module.__dict__, *held, *([] if attached is None else [attached.__dict__])]
