@@ -42,9 +42,8 @@ def places(
     for place in wanted:
         tensor = id(place.module), place.entry.param
         _check_free(place, classes, again=tensor in taken)
-        taken.add(tensor)
-    for place in wanted:
         _check_values(place)
+        taken.add(tensor)
     return wanted
 
 
@@ -101,12 +100,12 @@ def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
         raise LayerError(_asked(place), f"{problem}sum", remedy)
     alike = cls, id(entry.names)
     is_new = alike not in classes
-    # On the module by the dicts: `hasattr` would raise and catch for each name.
-    held = (module.__dict__, module._parameters, module._buffers, module._modules)
-    for flat in entry.names.values():
-        if any(flat in names for names in held) or (is_new and hasattr(cls, flat)):
-            problem = f"the module has an attribute {flat!r}"
-            raise LayerError(_asked(place), problem, "Choose another adapter name")
+    # By the dicts: `hasattr` would raise and catch for each name.
+    held = [module.__dict__, module._parameters, module._buffers, module._modules]
+    held += map(vars, cls.__mro__) if is_new else ()
+    for flat in (flat for flat in entry.names.values() for names in held if flat in names):
+        problem = f"the module has an attribute {flat!r}"
+        raise LayerError(_asked(place), problem, "Choose another adapter name")
     if is_new:
         if not entry.on_output and hasattr(plain_class(cls), entry.param):
             problem = f"{cls.__name__}.{entry.param} is computed by the class"

@@ -29,7 +29,6 @@ from lora_inject.core.roots.root import (
     Adapter,
     Root,
     become_root,
-    check_apart,
     check_new_adapter,
     lock_of,
 )
@@ -86,8 +85,7 @@ def put(
     4. `last` may refuse it all.
     """
     with lock_of(survey.model):
-        check_new_adapter(survey, name)
-        check_apart(survey, f"adapter {name!r}", wanted)
+        check_new_adapter(survey, name, wanted)
         for library in loaded_libraries():
             library.before_load(survey, name, wanted)
         parameters = _parameters(wanted, values, train=train)
@@ -150,15 +148,11 @@ def _may_train(survey: Survey, root: Root | None) -> Iterator[nn.Parameter]:
     To ask every tensor of every adapter would be quadratic in a model that collects adapters.
     """
     yield from survey.tensors
-    trainable = [] if root is None else [root.adapters[name] for name in root.trainable]
-    for adapter in trainable:
+    for adapter in [] if root is None else [root.adapters[name] for name in root.trainable]:
         for module in adapter.modules:
             attached = attached_to(module)
             for entry in () if attached is None else attached.entries(adapter.name):
-                for role, flat in entry.names.items():
-                    parameter = module._parameters[flat]
-                    if entry.trains(role) and parameter is not None:
-                        yield parameter
+                yield from entry.trainable(module).values()
 
 
 def _freeze(survey: Survey, root: Root) -> None:

@@ -286,17 +286,18 @@ def has_gradient(item: Carried) -> bool:
 # A new one --------------------------------------------------------------------------------------
 
 
-def check_new_adapter(survey: Survey, name: str) -> None:
-    """Check that a model can get an adapter of that name now.
+def check_new_adapter(survey: Survey, name: str, wanted: Iterable[Carried] = ()) -> None:
+    """Check that a model can get an adapter of that name now, at the places that are wanted.
 
     Raises:
-        StateError: It has one of that name, lies inside or around a root, is merged, or is in use.
+        StateError: It has one of that name, lies inside or around a root, or has layers of one; it
+            is merged, or in use.
     """
     asked = f"adapter {name!r}"
     if not isinstance(name, str) or not name:
         problem = "a name is a string of one character or more"
         raise StateError(asked, problem, "Give another name")
-    check_apart(survey, asked)
+    _check_apart(survey, asked, wanted)
     root: Root | None = survey.model.__dict__.get(ROOT)
     if root is None:
         for path, module in survey.modules:
@@ -313,7 +314,7 @@ def check_new_adapter(survey: Survey, name: str) -> None:
     check_unmerged(f"adding {asked}", root)
 
 
-def check_apart(survey: Survey, asked: str, wanted: Iterable[Carried] = ()) -> None:
+def _check_apart(survey: Survey, asked: str, wanted: Iterable[Carried]) -> None:
     """Raise if a model, or a layer that is to be adapted, is a part of another root."""
     modules = {id(survey.model), *(id(place.module) for place in wanted)}
     if _are_in_others(survey.model, modules):
