@@ -21,7 +21,7 @@ from lora_inject.errors import StateError
 
 def renamed(spec: SiteSpec, name: str) -> SiteSpec:
     """Return the site under another name, with its weight under the same new name."""
-    return replace(spec, name=name, weight=name + spec.weight.removeprefix(spec.name), aliases=())
+    return spec.at(name, name + spec.weight.removeprefix(spec.name))
 
 
 def _resized(spec: SiteSpec, name: str, width: int) -> SiteSpec:

@@ -7,7 +7,6 @@ error if site and module do not fit.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.core.adapter.other_tensors import only
+from lora_inject.core.adapter.reshape import renamed
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.candidates import inventory
@@ -54,7 +54,7 @@ def fit(
     for library in loaded_libraries():
         state = library.in_names_of(survey.model, state, survey.weights)
     if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):
-        state = dataclasses.replace(state, sites=as_held_here(state.sites, names))
+        state = replace(state, sites=as_held_here(state.sites, names))
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
     trained, rows = _fit_trained(state, survey, names.buffers, asked)
     if base != "any":
@@ -78,7 +78,7 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     lies = spec.transposed if spec.kind == "parameter" else candidate.transposed
     if (*_of_model(spec), spec.transposed) != (*_of_model(candidate), lies):
         here: dict[str, Any] = dict(zip(_OF_MODEL, _of_model(candidate), strict=True))
-        spec = dataclasses.replace(spec, **here, transposed=lies)
+        spec = replace(spec, **here, transposed=lies)
     return spec.at(candidate.name, candidate.weight, candidate.aliases)
 
 
@@ -145,10 +145,10 @@ def _under_further_names(sites: Mapping[str, SiteState], names: Inventory) -> di
     for site in sites.values():
         spec, own = site.spec, names.of_site(site.spec.name, site.spec.kind)
         for alias in spec.aliases:
-            there = spec.at(alias, alias + spec.weight.removeprefix(spec.name))
+            there = renamed(spec, alias)
             other = names.of_site(there.name, there.kind)
             if alias not in sites and other and own and other.weight != own.weight:
-                sites_of_aliases[alias] = replace(site, spec=there)
+                sites_of_aliases[alias] = site.at(there)
     return sites_of_aliases
 
 

@@ -110,13 +110,8 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     if root is None:
         return {}
     several = name is None and len(root.adapters) > 1
-    # By identity: an optimizer would step a Parameter that is given twice twice.
-    parameters = dict[int, tuple[str, nn.Parameter]]()
-    for key, entry, _, parameter in trainable_tensors(Injected(model, "adapter_parameters"), name):
-        parameters.setdefault(
-            id(parameter), (f"{entry.adapter}:{key}" if several else key, parameter)
-        )
-    return dict(parameters.values())
+    tensors = trainable_tensors(Injected(model, "adapter_parameters"), name)
+    return {f"{entry.adapter}:{key}" if several else key: p for key, entry, _, p in tensors}
 
 
 def parameter_groups(
@@ -156,7 +151,7 @@ def parameter_groups(
     _check_rates(rates, b_lr_ratio, {adapter for adapter, _ in groups})
     return [
         {
-            "params": list(parameters.values()),
+            "params": parameters,
             "lr": rates[adapter] * (b_lr_ratio if role == "B" else 1.0),
             "name": f"{adapter}:lora_{role}" if adapter else f"lora_{role}",
         }
@@ -164,16 +159,12 @@ def parameter_groups(
     ]
 
 
-def _groups(survey: Survey, *, by_adapter: bool) -> dict[tuple[str, str], dict[int, nn.Parameter]]:
-    """Return what trains by adapter ("" for all together) and role, each Parameter once.
-
-    By identity: the copy of a tied tensor stands under each of its names.
-    """
-    groups: dict[tuple[str, str], dict[int, nn.Parameter]] = {}
+def _groups(survey: Survey, *, by_adapter: bool) -> dict[tuple[str, str], list[nn.Parameter]]:
+    """Return what trains by adapter ("" for all together) and role."""
+    groups: dict[tuple[str, str], list[nn.Parameter]] = {}
     for _, entry, role, parameter in trainable_tensors(survey):
         if parameter.requires_grad:
-            key = (entry.adapter if by_adapter else "", role)
-            groups.setdefault(key, {})[id(parameter)] = parameter
+            groups.setdefault((entry.adapter if by_adapter else "", role), []).append(parameter)
     return groups
 
 
@@ -195,14 +186,19 @@ def _check_rates(rates: Mapping[str, Any], ratio: Any, trainable: set[str]) -> N
 def trainable_tensors(
     survey: Survey, name: str | None = None
 ) -> Iterator[tuple[str, Entry, str, nn.Parameter]]:
-    """Yield `(key, entry, role, Parameter)` of what may train of one adapter, or of all."""
+    """Yield `(key, entry, role, Parameter)` of what may train of one adapter, or of all.
+
+    Each Parameter comes once, the copy of a tied tensor under its first name: an optimizer would
+    step one that it is given twice twice.
+    """
     for library in loaded_libraries():
         library.before_read(survey)
+    given: set[nn.Parameter] = set()
     for path, module, entry in entries(survey, name):
         site = path if entry.spec is None else entry.spec.name
-        for role, flat in entry.names.items():
-            parameter = module._parameters[flat]
-            if entry.trains(role) and parameter is not None:
+        for role, parameter in entry.trainable(module).items():
+            if parameter not in given:
+                given.add(parameter)
                 key = joined(path, entry.param) if role == "T" else f"{site}.lora_{role}"
                 yield key, entry, role, parameter
 
