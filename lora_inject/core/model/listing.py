@@ -102,7 +102,7 @@ def _info(items: list[Carried], weight: float | None, *, merged: bool) -> Adapte
     return AdapterInfo(
         sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
         trained=tuple(item.name for item in items if "T" in item.entry.names),
-        n_parameters=sum(t.numel() for t in {id(t): t for t in tensors}.values()),
+        n_parameters=sum(t.numel() for t in {*tensors}),
         weight=weight,
         trainable=any(t.requires_grad for t in tensors),
         idle=idle_among(items),
@@ -152,21 +152,23 @@ def summary(model: nn.Module) -> Table:
     """
     infos = adapters(model)
     lines = [*_table(infos)]
-    for name, info in infos.items():
-        survey = Injected(model, "summary")
-        if info.idle:
-            some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
-            lines.append(f"{name}: no forward has used {some} ({len(info.idle)}) so far")
-        notes = [*notes_on_adapter(survey, name)]
-        notes += notes_on_files(survey, [*info.sites.values()])
-        lines += [f"{name}: {note}" for note in notes]
-    # What is stored: of a packed weight, its bytes.
-    parameters = {id(p): p for p in model.parameters()}.values()
+    if infos:
+        lines += _notes(Injected(model, "summary"), infos)
+    parameters = [*model.parameters()]  # what is stored: of a packed weight, its bytes
     n_all = sum(p.numel() for p in parameters)
     n_trainable = sum(p.numel() for p in parameters if p.requires_grad)
     share = 100 * n_trainable / n_all if n_all else 0.0
     lines.append(f"trainable: {n_trainable:,} of {n_all:,} parameters ({share:.4f} %)")
     return Table("\n".join(lines))
+
+
+def _notes(survey: Injected, infos: Mapping[str, AdapterInfo]) -> Iterator[str]:
+    for name, info in infos.items():
+        if info.idle:
+            some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
+            yield f"{name}: no forward has used {some} ({len(info.idle)}) so far"
+        notes = *notes_on_adapter(survey, name), *notes_on_files(survey, [*info.sites.values()])
+        yield from (f"{name}: {note}" for note in notes)
 
 
 def idle_among(items: Collection[Carried]) -> tuple[str, ...]:
