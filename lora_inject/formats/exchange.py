@@ -178,6 +178,25 @@ def write_adapter(
         >>> back.sites["fc"].scale
         2.0
     """
+    target, content = content_of(state, path, format, facts=facts, **options)
+    if isinstance(content, bytes):
+        return write_file(target, content, overwrite=overwrite)
+    return write_directory(target, content, overwrite=overwrite, replaceable=OLDER_FILES)
+
+
+def content_of(
+    state: AdapterState,
+    path: str | os.PathLike[str],
+    format: str | None = None,  # noqa: A002
+    *,
+    facts: Stated = None,
+    **options: Any,
+) -> tuple[Path, bytes | Mapping[str, bytes]]:
+    """Return what `write_adapter` writes: the path, and the bytes of a file or of each in a folder.
+
+    Raises:
+        FormatError: The format does not exist or cannot express the adapter.
+    """
     target = user_path("write adapter", path)
     format = format or DEFAULT  # noqa: A001
     row = format_of(format, f"write adapter to '{path}'")
@@ -192,9 +211,7 @@ def write_adapter(
         content = row.write(state, target, known, **own)
         remedy = "Return the bytes of the file, or of each file by its name"
         check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
-    if isinstance(content, bytes):
-        return write_file(target, content, overwrite=overwrite)
-    return write_directory(target, content, overwrite=overwrite, replaceable=OLDER_FILES)
+    return target, content
 
 
 def completed(path: Path, row: Format) -> Path:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from lora_inject.core.roots.root import Injected, adapted_modules, root_of
 from lora_inject.core.spec.names import leaf
 from lora_inject.errors import LayerError, LoraInjectError, StateError, user_path
 from lora_inject.formats.card import joined_cards
-from lora_inject.formats.exchange import write_adapter
+from lora_inject.formats.exchange import content_of
 from lora_inject.integrations.peft_names import OURS_FOR
 
 SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequantize"
@@ -165,10 +164,9 @@ def adapter_files(
     files: dict[str, bytes] = {}
     for name, folder in folders_of(survey).items():
         state, facts = saved_state(survey, name, format, unused, given)
-        with tempfile.TemporaryDirectory() as place:
-            made = write_adapter(state, Path(place, "adapter"), format, facts=facts)
-            paths = sorted(made.iterdir()) if made.is_dir() else [made]
-            files |= {str(Path(folder, path.name)): path.read_bytes() for path in paths}
+        path, content = content_of(state, Path(folder, "adapter"), format, facts=facts)
+        made = {path.name: content} if isinstance(content, bytes) else content
+        files |= {str(Path(folder, each)): data for each, data in made.items()}
     return files
 
 
@@ -228,7 +226,9 @@ class Methods(Library):
         """Put what stands in for their methods onto models with adapters."""
         del name
         carrying = [module for _, module, _ in adapted_modules(survey)]
-        for _, module in survey.modules:
+        classes = {type(module) for _, module in survey.modules}
+        models = {cls for cls in classes if any(hasattr(cls, name) for name in _REPLACED)}
+        for module in (module for _, module in survey.modules if type(module) in models):
             if getattr(module, "is_quantized", False) and getattr(module, LOADED, None) is False:
                 module.__dict__[LOADED] = OURS
             if _has(module, RESIZE) and (vocabulary := _vocabulary_on(module, carrying)):
@@ -237,7 +237,7 @@ class Methods(Library):
                 )
                 remedy = "Eject first, resize, then inject again"
                 module.__dict__[RESIZE] = _Refusal(LayerError, RESIZE, problem, remedy)
-            methods = [m for m in (SAVE, THREAD, DEQUANTIZE, *OURS_FOR) if _has(module, m)]
+            methods = [m for m in _METHODS if _has(module, m)]
             if methods and any(attached_to(part) for part in module.modules()):
                 for method in methods:
                     _stand_in(module, method)
@@ -255,6 +255,10 @@ class Methods(Library):
             if mine and not any(attached_to(part) for part in module.modules()):
                 for key in mine:
                     own.pop(key, None)
+
+
+_METHODS = (SAVE, THREAD, DEQUANTIZE, *OURS_FOR)
+_REPLACED = (RESIZE, LOADED, *_METHODS)
 
 
 def _has(module: nn.Module, method: str) -> bool:
