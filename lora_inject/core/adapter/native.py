@@ -200,7 +200,8 @@ def parse(metadata: Mapping[str, str]) -> Described:
     kinds = [SiteSpec(name="", **dict(kind)) for kind in said["kinds"]]
     specs: dict[str, SiteSpec] = {}
     for name, (weight, number, aliases) in said["sites"].items():
-        _require(number < len(kinds), f"site '{name[:200]}'", f"there is no kind {number}")
+        if number >= len(kinds):
+            raise FormatError(f"site '{name[:200]}'", f"there is no kind {number}", _EDITED)
         specs[name] = kinds[number].at(name, weight, aliases)
     mark = said["fingerprint"]
     return Described(
@@ -234,8 +235,9 @@ def _sampled(
     """Return what is said of one weight of the base; it has a value for each position."""
     numel = math.prod(shape)
     n = min(numel, N_SAMPLES) + len(moved)
-    inside = max(moved, default=-1) < numel
-    _require(inside, "fingerprint", f"the positions of {name!r} are not all inside of it")
+    if moved and max(moved) >= numel:
+        problem = f"the positions of {name!r} are not all inside of it"
+        raise FormatError("fingerprint", problem, _EDITED)
     if text is None:
         return Sampled(shape, None, packed, moved)
     try:
@@ -244,8 +246,3 @@ def _sampled(
         problem = f"the samples of {name!r} are not {n} float32 in base64 ({error})"
         raise FormatError("fingerprint", problem, _EDITED) from error
     return Sampled(shape, values, packed, moved)
-
-
-def _require(holds: bool, where: str, problem: str) -> None:
-    if not holds:
-        raise FormatError(where, problem, _EDITED)

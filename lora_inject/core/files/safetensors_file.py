@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -151,7 +152,7 @@ def _parse_header(raw: bytes, size_bytes: int, error: type[LoraInjectError]) -> 
     if wrong := misfit(table, _TABLE):
         raise error("", f"its header says what cannot be ({wrong})", _DAMAGED)
     entries = [_entry(name, entry, len(raw), error) for name, entry in table.items()]
-    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    entries.sort(key=attrgetter("start", "stop"))
     position = len(raw)
     for entry in entries:
         if entry.start != position:

@@ -56,12 +56,11 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 def _values(file: BinaryIO, entry: TensorEntry, asked: str) -> Tensor:
     """Return the values of a tensor in memory of their own."""
-    dtype = DTYPES[entry.dtype]
-    if not entry.n_bytes:
+    dtype, content = DTYPES[entry.dtype], bytearray(entry.n_bytes)
+    if not content:
         return torch.empty(entry.shape, dtype=dtype, device="cpu")
-    content = bytearray(entry.n_bytes)
     file.seek(entry.start)
-    if file.readinto(content) != entry.n_bytes:  # type: ignore[attr-defined]
+    if file.readinto(content) != len(content):  # type: ignore[attr-defined]
         raise FormatError(asked, "it was cut off while it was read", "Read the adapter again")
     return torch.frombuffer(content, dtype=dtype).view(entry.shape)
 

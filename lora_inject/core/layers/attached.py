@@ -88,9 +88,8 @@ class Entry:
 
     def trainable(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the Parameter of each role that trains, as optimizers hold it."""
-        held = module._parameters
-        trained = ((role, held[flat]) for role, flat in self.names.items() if self.trains(role))
-        return {role: parameter for role, parameter in trained if parameter is not None}
+        held = ((role, module._parameters[flat]) for role, flat in self.names.items())
+        return {role: p for role, p in held if p is not None and self.trains(role)}
 
     @property
     def gained(self) -> bool:
