@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, NamedTuple
@@ -60,10 +61,9 @@ class Server:
 
     def only_model(self, near: str) -> str:
         """Return the name that the server has for what is asked for, as far as it tells."""
-        listed = self._ask("/v1/models", None)
-        data = listed.get("data") if isinstance(listed, Mapping) else None
-        rows = data if isinstance(data, list) else []
-        names = [str(row["id"]) for row in rows if isinstance(row, Mapping) and "id" in row]
+        rows = _at(self._ask("/v1/models", None), "data")
+        ids = (_at(row, "id") for row in (rows if isinstance(rows, list) else ()))
+        names = [str(name) for name in ids if name is not None]
         if near in names:
             return near
         if len(names) == 1:
@@ -89,13 +89,10 @@ class Server:
     def rated_next(self, prompt: Sequence[int]) -> list[Rated]:
         """Return the most probable next tokens after a prompt."""
         said = self._logprobs(prompt, {**_IDS, "logprobs": N_TOP})
-        content = said.get("content")  # llama-server
-        if isinstance(content, list) and content and isinstance(content[0], Mapping):
-            rows = content[0].get("top_logprobs")
-            known = [row for row in rows or () if isinstance(row, Mapping)]
-            return [_of_row(row) for row in known if isinstance(row.get("logprob"), int | float)]
-        top = said.get("top_logprobs")
-        last = top[-1] if isinstance(top, list) and top else None
+        rows = _at(said, "content", 0, "top_logprobs")  # llama-server
+        if isinstance(rows, list):
+            return [_of_row(row) for row in rows if isinstance(_at(row, "logprob"), int | float)]
+        last = _at(said, "top_logprobs", -1)
         if not isinstance(last, Mapping):
             return []
         return [_rated(*pair) for pair in last.items() if isinstance(pair[1], int | float)]
@@ -103,10 +100,7 @@ class Server:
     def _logprobs(self, prompt: Sequence[int], more: Mapping[str, Any]) -> Mapping[str, Any]:
         """Ask for one more token after a prompt; return what the answer says of probabilities."""
         body = {"model": self.model, "prompt": [*prompt], "max_tokens": 1, "temperature": 0, **more}
-        answer = self._ask("/v1/completions", body)
-        choices = answer.get("choices") if isinstance(answer, Mapping) else None
-        first = choices[0] if isinstance(choices, list) and choices else None
-        said = first.get("logprobs") if isinstance(first, Mapping) else None
+        said = _at(self._ask("/v1/completions", body), "choices", 0, "logprobs")
         if not isinstance(said, Mapping):
             problem = "the server returns no log-probabilities (choices[0].logprobs)"
             remedy = "Let it return them (vLLM: --max-logprobs 5)"
@@ -154,6 +148,16 @@ def _is_address(url: object) -> bool:
     return bool(host) and not any(letter.isspace() for letter in url)
 
 
+def _at(answer: Any, *path: str | int) -> Any:
+    """Return what stands at a path of an answer; None where it has another form."""
+    for step in path:
+        try:
+            answer = answer[step]
+        except (LookupError, TypeError):
+            return None
+    return answer
+
+
 def _rated(token: object, value: float) -> Rated:
     number = str(token).removeprefix(_ID)
     is_id = number != token and number.isdecimal()
@@ -168,10 +172,8 @@ def _of_row(row: Mapping[str, Any]) -> Rated:
 
 def _said(words: str) -> str:
     """Return the message in the body of an error, in one line."""
-    try:
+    with suppress(ValueError):
         plain = json.loads(words)
-        inner = plain.get("error", plain) if isinstance(plain, Mapping) else words
-        words = str(inner.get("message", inner) if isinstance(inner, Mapping) else inner)
-    except ValueError:
-        pass
+        error = _at(plain, "error") or plain
+        words = str(_at(error, "message") or error)
     return " ".join(words.split())[:300]
