@@ -8,7 +8,7 @@ holds for: inert sites, lost deltas, ranks that are not used. Nothing is changed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -310,9 +310,13 @@ class Analysis(Report):
             yield from wrapped(f"{finding.code}: {finding.text}", width)
             head = f"  {len(finding.names):,}:"
             yield from listed(head, templates(finding.names), width, everything=everything)
-        needed = median(block.spectrum.rank_for(0.99) for block in self.blocks)
-        blocks = counted(len(self.blocks), "block")
-        yield f"{counted(self.n_sites, 'site')}, {blocks}; rank {needed:g} holds 99% (median)"
+        all_of_it = f"{counted(self.n_sites, 'site')}, {counted(len(self.blocks), 'block')}"
+        yield f"{all_of_it}; rank {needed_rank(self.blocks):g} holds 99% (median)"
+
+
+def needed_rank(blocks: Iterable[BlockFigures]) -> float:
+    """Return the rank that holds 99% of the energy, the median of all blocks."""
+    return median(block.spectrum.rank_for(0.99) for block in blocks)
 
 
 def percent(share: float) -> str:

@@ -26,7 +26,7 @@ from lora_inject.algebra.svd import ThinProduct
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.spec.sites import Block, SiteSpec
-from lora_inject.core.spec.tables import Figures
+from lora_inject.core.spec.tables import Figures, kind_of
 from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import StateError
 
@@ -64,9 +64,7 @@ class Place(Figures):
     @property
     def kind(self) -> str:
         """The name with `*` for each number, without the expert."""
-        site = ".".join("*" if part.isdecimal() else part for part in self.site.split("."))
-        words = self.label.split()
-        return Place(site, " ".join(words[2:] if words[:1] == ["expert"] else words)).name
+        return kind_of(self.name).replace("[expert * ", "[").replace(" [expert *]", "")
 
     @property
     def position(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lora_inject.analysis.figures import Analysis, percent
+from lora_inject.analysis.figures import Analysis, needed_rank, percent
 from lora_inject.analysis.numbers import by_kind
 from lora_inject.analysis.pictures import need_matplotlib, pictures, shared_prefix, svg
 from lora_inject.core.adapter.state import AdapterState
@@ -77,6 +77,7 @@ def report(
     page = environment.get_template("page.html.j2").render(
         title=title,
         facts=_facts(analysis, state),
+        targets=[f"{name} \u00d7{n}" for name, n in templates(state.sites).items()],
         tiles=_tiles(analysis),
         findings=[(finding, list(templates(finding.names))) for finding in analysis.findings],
         prefix=shared_prefix(by_kind(analysis.blocks)),
@@ -121,7 +122,6 @@ def _facts(analysis: Analysis, state: AdapterState) -> list[tuple[str, str]]:
         *([("trained in full", trained)] if state.trained else ()),
         ("base", Path(analysis.base).name if analysis.base else "not given: the adapter alone"),
         ("date", dt.date.today().isoformat()),
-        ("targets", "\n".join(f"{name} \u00d7{n}" for name, n in templates(state.sites).items())),
     ]
 
 
@@ -130,7 +130,7 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
     tiles = [
         (f"{analysis.n_sites:,}", "sites"),
         (f"{len(spectra):,}", "low-rank blocks"),
-        (f"{median(s.rank_for(0.99) for s in spectra):g}", "rank that holds 99% (median)"),
+        (f"{needed_rank(analysis.blocks):g}", "rank that holds 99% (median)"),
         (number(median(s.effective_rank for s in spectra)), "effective rank (median)"),
     ]
     if beside := analysis.on_weight():

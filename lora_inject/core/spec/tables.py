@@ -45,7 +45,7 @@ class Listing:
         groups: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
         for row in self.cells:
             same = (cell for cell in row[1:] if isinstance(cell, str | int))
-            groups.setdefault((_kind(str(row[0])), *same), []).append(row)
+            groups.setdefault((kind_of(str(row[0])), *same), []).append(row)
         return Listing(self.heads, tuple(map(self._joined, groups.values())))
 
     def lines(self, width: int, *, everything: bool = False, joined: str = "") -> Iterator[str]:
@@ -75,12 +75,12 @@ def joined_name(names: Sequence[str]) -> str:
     """Return one name for many of a kind: their template, or `*` where the numbers have gaps."""
     sites, labels = zip(*(name.partition(" [")[::2] for name in names), strict=True)
     joint = list(templates(dict.fromkeys(sites)))
-    name = joint[0] if len(joint) == 1 else _kind(sites[0])
-    label = labels[0] if len(set(labels)) == 1 else _kind(names[0]).partition(" [")[2]
+    name = joint[0] if len(joint) == 1 else kind_of(sites[0])
+    label = labels[0] if len(set(labels)) == 1 else kind_of(names[0]).partition(" [")[2]
     return f"{name} [{label}" if label else name
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """Return a name with `*` for each number, in its label too: `h.*.up [expert * q]`."""
     return re.sub(r"(?<![^. \[])\d+(?![^. \]])", "*", name)
 
