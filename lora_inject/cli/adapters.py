@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 from typer import Argument, Exit, Option
@@ -22,6 +22,7 @@ from lora_inject.core.spec.names import templates
 from lora_inject.core.spec.tables import Listing, span, wrapped
 from lora_inject.formats.clients import CLIENTS
 from lora_inject.formats.exchange import TO_WRITE, write_adapter
+from lora_inject.formats.pairs import DTYPES
 
 WriteDtype = Annotated[
     options.Dtype | None, Option(help="Dtype to write. (default: the adapters')")
@@ -52,7 +53,7 @@ def combine(
         float | None, Option(min=0, max=1, help="Share of the values to keep.")
     ] = None,
     majority_sign: Annotated[
-        str, Option(help="ties: total or frequency.", callback=one_of(("total", "frequency")))
+        str, Option(help="ties: total or frequency.", callback=one_of(get_args(combining.Sign)))
     ] = "total",
     seed: Annotated[int, Option(help="Seed of dare's masks.")] = 0,
     any_base: Annotated[
@@ -150,7 +151,7 @@ def convert(
         str | None,
         Option(
             help="Dtype to write, such as float16. (default: as it is)",
-            callback=one_of(options.DTYPES),
+            callback=one_of(DTYPES),
         ),
     ] = None,
     rank: Annotated[

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_inject.cli.show import note
 from lora_inject.core.spec.names import counted
@@ -91,11 +92,9 @@ def batches(rows: Sequence[Tokens], n: int, path: Path, device: str) -> list[dic
     made = []
     for start in range(0, len(rows) - n + 1, n):
         cut = rows[start : start + n]
-        ids = torch.zeros(n, max(len(tokens) for tokens, _ in cut), dtype=torch.long)
-        labels = torch.full_like(ids, IGNORED)
-        for i, (tokens, n_prompt) in enumerate(cut):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            labels[i, n_prompt : len(tokens)] = ids[i, n_prompt : len(tokens)]
+        ids = pad_sequence([torch.tensor(tokens) for tokens, _ in cut], batch_first=True)
+        due = [torch.tensor([IGNORED] * n_prompt + tokens[n_prompt:]) for tokens, n_prompt in cut]
+        labels = pad_sequence(due, batch_first=True, padding_value=IGNORED)
         made.append({"input_ids": ids.to(device), "labels": labels.to(device)})
     return made
 

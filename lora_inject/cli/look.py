@@ -24,7 +24,7 @@ from lora_inject.core.spec.resolve import resolve
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.exchange import FORMATS
 from lora_inject.serving.doctor import diagnose
-from lora_inject.trials.advise import advised, remarks
+from lora_inject.trials.advise import MOST, advised, remarks
 
 
 def plan(
@@ -54,7 +54,7 @@ def advise(
         Option(
             "--for",
             help="What it is trained for: sft, rl or classify.",
-            callback=one_of(("sft", "rl", "classify")),
+            callback=one_of(MOST),
         ),
     ] = "sft",
 ) -> None:

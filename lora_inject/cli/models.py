@@ -16,6 +16,7 @@ from lora_inject.cli.show import is_live, note, say, width
 from lora_inject.errors import FormatError
 from lora_inject.experts.profile import profile_experts
 from lora_inject.formats.exchange import write_adapter
+from lora_inject.formats.pairs import DTYPES
 from lora_inject.serving import storing, verifying
 from lora_inject.trials.search import Search
 from lora_inject.trials.search import search as searched
@@ -194,7 +195,7 @@ def verify_served(
         str | None,
         Option(
             help="Dtype that the server computes in. (default: the one ADAPTER was saved in)",
-            callback=options.one_of(options.DTYPES),
+            callback=options.one_of(DTYPES),
         ),
     ] = None,
     timeout: Annotated[float, Option(min=0.1, help="Seconds for each answer.")] = 60.0,

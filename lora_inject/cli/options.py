@@ -30,7 +30,6 @@ from lora_inject.formats.exchange import (
 )
 
 Dtype = StrEnum("Dtype", "float32 bfloat16 float16")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 AdapterPath = Annotated[Path, Argument(metavar="ADAPTER", help="A PEFT folder or an adapter file.")]
 AdapterPaths = Annotated[
