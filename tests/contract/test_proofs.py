@@ -225,6 +225,13 @@ class Halves(Served):
         return super().complete({**body, "prompt": body["prompt"][::2]})
 
 
+class Odd(Served):
+    """Answers in a form of its own."""
+
+    def _said(self, prompt: list[int], rows: Any, body: dict[str, Any]) -> Any:
+        return {"content": [{"top_logprobs": 3}], "tokens": 3, "token_logprobs": {}}
+
+
 def broken() -> Any:
     model = build()
     with torch.no_grad():
@@ -239,6 +246,7 @@ SERVERS: dict[str, tuple[Any, Any, str]] = {
     "a smaller vocabulary": (lambda: Served(tiny_llama(), "vllm"), PROBE, "400"),
     "other tokens": (lambda: Halves(build(), "vllm"), PROBE, "prompt 1"),
     "no token ids": (lambda: Served(build(), "llama-cpp-python"), PROBE, "token ids"),
+    "answers of another form": (lambda: Odd(build(), "vllm"), PROBE, "neither the tokens"),
     "next tokens as text": (lambda: Served(build(), "next, as text"), PROBE, "by id"),
 }
 
