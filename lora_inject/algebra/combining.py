@@ -18,16 +18,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_inject.algebra.one_site import Cut, compared, plain, truncated
+from lora_inject.algebra.one_site import Cut, SiteDifference, compared, plain, truncated
 from lora_inject.algebra.svd import decompose
 from lora_inject.algebra.values import called, paired, weighted_sum, with_sites
 from lora_inject.core.adapter.other_tensors import with_every_expert
-from lora_inject.core.adapter.parts import MADE, Term, gathered
+from lora_inject.core.adapter.parts import Term, gathered
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import printable
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.tables import Figures, Listing, Report, wrapped
+from lora_inject.core.spec.tables import Listing, Report, wrapped
 from lora_inject.errors import StateError, check_list, check_type, within
 from lora_inject.formats.exchange import read_adapter
 
@@ -269,7 +269,7 @@ def _dense(site: SiteState, dtype: torch.dtype) -> Tensor:
 
 def _made(like: SiteSpec, rank: int, A: Tensor, B: Tensor, there: Sequence[Term]) -> SiteState:
     """Return a site with scale 1, in the dtype of those that it was made of."""
-    spec = replace(like, rank=rank, alpha=float(rank), scaling="standard", **MADE)
+    spec = replace(like, rank=rank, alpha=float(rank), scaling="standard", init="kaiming")
     dtype = reduce(torch.promote_types, (site.A.dtype for site, _ in there))
     return SiteState(spec, A.reshape(spec.a_shape).to(dtype), B.reshape(spec.b_shape).to(dtype))
 
@@ -329,19 +329,6 @@ def truncate(
     sites = {name: site for name, (site, _) in made.items()}
     cuts = {name: cut for name, (_, cut) in made.items()}
     return Truncated(replace(state, sites=sites, config=None), cuts)
-
-
-@dataclass(frozen=True)
-class SiteDifference(Figures):
-    """One site in two adapters: ranks and Frobenius norms, 0 where an adapter lacks it.
-
-    `distance` is the norm of the difference, `cosine` that of the angle, None where one is zero.
-    """
-
-    ranks: tuple[int, int]
-    norms: tuple[float, float]
-    distance: float
-    cosine: float | None
 
 
 @dataclass(frozen=True)
@@ -420,7 +407,7 @@ def diff(one: Adapter, two: Adapter) -> Difference:
         5.6569
     """
     one, two = state_of(one, "diff, one"), state_of(two, "diff, two")
-    sites = {name: _difference(*pair) for name, *pair in paired(one, two, "diff")}
+    sites = {name: compared(*pair) for name, *pair in paired(one, two, "diff")}
     trained: dict[str, float | None] = {}
     for name in {**one.trained, **two.trained}:
         a, b = one.trained.get(name), two.trained.get(name)
@@ -429,10 +416,3 @@ def diff(one: Adapter, two: Adapter) -> Difference:
         there = a is not None and b is not None and a.shape == b.shape
         trained[name] = float(torch.linalg.vector_norm(a.double() - b.double())) if there else None  # type: ignore[union-attr]
     return Difference(sites, trained, one == two)
-
-
-def _difference(one: SiteState | None, two: SiteState | None) -> SiteDifference:
-    ranks = one.spec.rank if one else 0, two.spec.rank if two else 0
-    norms, dot, distance = compared(one, two)
-    cosine = dot / (norms[0] * norms[1]) if all(norms) else None
-    return SiteDifference(ranks, norms, distance, cosine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from lora_inject.algebra.svd import thin_svd
 from lora_inject.core.adapter.parts import Term, gathered, site_of
 from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.spec.tables import Figures
 from lora_inject.errors import StateError
 
 _ROUNDED = 1e-13  # relative distance of two equal updates by rounding
@@ -66,22 +67,30 @@ def truncated(
     return made, Cut(site.spec.rank, best, error)
 
 
-class Compared(NamedTuple):
-    """Two updates: their Frobenius norms, their inner product and the norm of their difference."""
+@dataclass(frozen=True)
+class SiteDifference(Figures):
+    """One site in two adapters: ranks and Frobenius norms, 0 where an adapter lacks it.
 
+    `distance` is the norm of the difference, `cosine` that of the angle, None where one is zero.
+    """
+
+    ranks: tuple[int, int]
     norms: tuple[float, float]
-    dot: float
     distance: float
+    cosine: float | None
 
 
-def compared(one: SiteState | None, two: SiteState | None) -> Compared:
+def compared(one: SiteState | None, two: SiteState | None) -> SiteDifference:
     """Compare two sites, None for no update, in float64 and also where they nearly cancel."""
     ours, theirs = ([(site, 1.0)] if site is not None else [] for site in (one, two))
     first, second = _norm(ours), _norm(theirs)
     apart = _norm([*ours, *((site, -weight) for site, weight in theirs)])
     if apart <= _ROUNDED * max(first, second):
         apart = 0.0
-    return Compared((first, second), (first**2 + second**2 - apart**2) / 2, apart)
+    dot = (first**2 + second**2 - apart**2) / 2
+    cosine = dot / (first * second) if first and second else None
+    ranks = one.spec.rank if one else 0, two.spec.rank if two else 0
+    return SiteDifference(ranks, (first, second), apart, cosine)
 
 
 def _norm(terms: Sequence[Term]) -> float:

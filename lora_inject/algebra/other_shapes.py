@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +16,18 @@ from lora_inject.algebra.combining import Adapter, state_of
 from lora_inject.algebra.one_site import plain
 from lora_inject.core.adapter import reshape
 from lora_inject.core.adapter.fingerprint import without_weights
-from lora_inject.core.adapter.other_tensors import only, with_every_expert
+from lora_inject.core.adapter.other_tensors import (
+    distinct,
+    only,
+    under_names,
+    with_every_expert,
+)
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.patterns import matching, named
 from lora_inject.errors import StateError, check_type
-
-T = TypeVar("T")
 
 
 def subset(adapter: Adapter, *patterns: str) -> AdapterState:
@@ -112,26 +115,12 @@ def rename(adapter: Adapter, new: Mapping[str, str] | Callable[[str], str]) -> A
         ['model.layers.0.self_attn.q_proj.weight']
     """
     state = _given(adapter, "rename")
-    change = _renaming(new, [*state.sites, *state.trained])
-    sites, weights = [], {}
-    for name, site in state.sites.items():
-        spec = reshape.renamed(site.spec, change(name))
-        weights[site.spec.weight] = spec.weight
-        sites.append((spec.name, replace(site, spec=spec)))
-
-    def place(name: str) -> str:
-        return weights.get(name) or change(name)
-
-    marks = state.fingerprint
-    return replace(
-        state,
-        sites=_distinct(sites),
-        trained=_distinct((place(name), tensor) for name, tensor in state.trained.items()),
-        base_copies=_distinct((place(name), t) for name, t in state.base_copies.items()),
-        rows={place(name): rows for name, rows in state.rows.items()},
-        fingerprint=marks and {place(name): known for name, known in marks.items()},
-        config=None,
-    )
+    specs = [site.spec for site in state.sites.values()]
+    sites = {name: s.weight.removeprefix(s.name) for s in specs for name in (s.name, *s.aliases)}
+    change = _renaming(new, [*sites, *state.trained])
+    weights = {name + end: change(name) + end for name, end in sites.items()}
+    made = under_names(state, lambda name: weights.get(name) or change(name), StateError)
+    return replace(made, config=None)
 
 
 def _renaming(
@@ -204,17 +193,6 @@ def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str
 def _some_of(names: Iterable[str]) -> str:
     """Return the first three names, for a message."""
     return ", ".join(repr(name) for name, _ in zip(names, range(3), strict=False)) or "none"
-
-
-def _distinct(items: Iterable[tuple[str, T]]) -> dict[str, T]:
-    """Return a mapping; two values under one name are an error."""
-    renamed: dict[str, T] = {}
-    for name, value in items:
-        if name in renamed:
-            remedy = "Give each its own name"
-            raise StateError(f"the name '{name}'", "two tensors would have it", remedy)
-        renamed[name] = value
-    return renamed
 
 
 def split(adapter: Adapter, pattern: str, sizes: Mapping[str, int] | None = None) -> AdapterState:
@@ -347,7 +325,7 @@ def _with(state: AdapterState, new: Mapping[str, Mapping[str, SiteState]]) -> Ad
     ]
     gone = {state.sites[name].spec.weight for name in new}
     marks = without_weights(state.fingerprint or {}, gone) or None
-    return replace(state, sites=_distinct(sites), fingerprint=marks, config=None)
+    return replace(state, sites=distinct(sites, StateError), fingerprint=marks, config=None)
 
 
 def _given(adapter: Adapter, asked: str) -> AdapterState:

@@ -63,11 +63,18 @@ def paired(
         state.check_finite(f"{asked}, {name}")
         for site in state.sites.values():
             plain(site, f"{asked}, {name}")
-    for site_name in {**both[0].sites, **both[1].sites}:
-        first, second = (state.sites.get(site_name) for state in both)
-        holders = [name for name, site in zip(names, (first, second), strict=True) if site]
-        check_alike([site.spec for site in (first, second) if site], holders, asked)
-        yield site_name, first, second
+    for site_name, held in _by_site(both, names, asked):
+        yield site_name, held.get(0), held.get(1)
+
+
+def _by_site(
+    states: Sequence[AdapterState], names: Sequence[str], asked: str
+) -> Iterator[tuple[str, dict[int, SiteState]]]:
+    """Yield the sites of each name by the numbers of their adapters; refuse unequal shapes."""
+    for site in dict.fromkeys(name for state in states for name in state.sites):
+        held = {n: state.sites[site] for n, state in enumerate(states) if site in state.sites}
+        check_alike([each.spec for each in held.values()], [names[n] for n in held], asked)
+        yield site, held
 
 
 def weighted_sum(
@@ -111,14 +118,14 @@ def with_sites(
     terms = [(s.trained, weight) for s, weight in zip(states, weights, strict=True)]
     trained = _mixed(terms, names, asked)
     sites = {}
-    for site in dict.fromkeys(name for state in states for name in state.sites):
-        here = [n for n, state in enumerate(states) if site in state.sites]
-        holders = [names[n] for n in here]
-        held = [(states[n].sites[site], weights[n]) for n in here]
-        check_alike([each.spec for each, _ in held], holders, asked)
+    for site, held in _by_site(states, names, asked):
+        holders = [names[n] for n in held]
         # With the base known, kinds of layers are known; for a foreign file they are assumed.
-        surest = min(here, key=lambda n: states[n].fingerprint is None)
-        made = make(held, states[surest].sites[site].spec, holders)
+        surest = min(held, key=lambda n: states[n].fingerprint is None)
+        like = held[surest].spec
+        if any(each.spec.aliases != like.aliases for each in held.values()):
+            like = like.at(like.name, like.weight)  # of unequal bases only this name is sure
+        made = make([(held[n], weights[n]) for n in held], like, holders)
         bias = f"{made.spec.weight.removesuffix('weight')}bias" if made.spec.lora_bias else ""
         if twice := {made.spec.weight, bias} & trained.keys():
             other = next(n for n, s in zip(names, states, strict=True) if min(twice) in s.trained)

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lora_inject.core.adapter import reshape
+from lora_inject.core.adapter.other_tensors import distinct, under_names
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.library import Library
 from lora_inject.errors import FormatError
-
-K = TypeVar("K", bound=Hashable)
-T = TypeVar("T")
 
 _STACKING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
@@ -116,47 +114,26 @@ def _in_places(
         converted = find(name)
         return name if converted is None or converted.expert is not None else converted.name
 
-    def renamed(each: Mapping[str, Any]) -> dict[str, Any]:
-        return _distinct((new(name), value) for name, value in each.items())
-
-    sites: list[tuple[str, SiteState]] = []
+    sites: dict[str, SiteState] = {}
     experts: list[tuple[PlaceInClass, SiteState]] = []
     for name, site in state.sites.items():
         converted = find(site.spec.weight)
-        if converted is None:
-            sites.append((name, site))
-        elif converted.expert is not None:
-            experts.append((converted, site))
+        if converted is None or converted.expert is None:
+            sites[name] = site
         else:
-            end = site.spec.weight.removeprefix(site.spec.name)
-            at = converted.name.removesuffix(end) if end else converted.name
-            sites.append((at, replace(site, spec=site.spec.at(at, converted.name))))
+            experts.append((converted, site))
+    made = under_names(replace(state, sites=sites), new, FormatError)
     stacks: dict[str, dict[PlaceInClass, SiteState]] = {}
-    for expert, site in _distinct(experts).items():
+    for expert, site in distinct(experts, FormatError).items():
         stacks.setdefault(expert.name, {})[expert] = site
-    for name, members in stacks.items():
-        sites.append((name, _stacked(name, tuple(weights[name].shape), members)))
-    mark = state.fingerprint
+    stacked = [
+        (name, _stacked(name, tuple(weights[name].shape), members))
+        for name, members in stacks.items()
+    ]
     # Single experts' values are elsewhere in a stack.
-    mark = mark and {new(n): known for n, known in mark.items() if new(n) in weights}
-    return replace(
-        state,
-        sites=_distinct(sites),
-        trained=renamed(state.trained),
-        rows=renamed(state.rows),
-        base_copies=renamed(state.base_copies),
-        fingerprint=mark or None,
-    )
-
-
-def _distinct(items: Iterable[tuple[K, T]]) -> dict[K, T]:
-    joined_up: dict[K, T] = {}
-    for place, value in items:
-        if place in joined_up:
-            words = "two tensors of the adapter are this one in the model"
-            raise FormatError(f"'{getattr(place, 'name', place)}'", words, "Leave one of them out")
-        joined_up[place] = value
-    return joined_up
+    mark = {name: known for name, known in (made.fingerprint or {}).items() if name in weights}
+    all_sites = distinct([*made.sites.items(), *stacked], FormatError)
+    return replace(made, sites=all_sites, fingerprint=mark or None)
 
 
 def _stacked(

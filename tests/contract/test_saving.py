@@ -318,6 +318,21 @@ def test_an_adapter_of_a_shared_layer_goes_to_each_of_its_names(targets, layout,
         assert error(merged(x), model(x)) < TOLERANCE[torch.float32]
 
 
+COMPUTED: dict[str, Any] = {
+    "renamed": lambda a: li.algebra.rename(li.algebra.rename(a, lambda n: f"x.{n}"), {"x": ""}),
+    "truncated": lambda a: li.truncate(a, rank=2).state,
+    "added": lambda a: a + a,
+}
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_what_is_computed_of_a_shared_layers_adapter_goes_to_each_of_its_names(how: str) -> None:
+    model, x = fill(li.inject(Twice(), {**CONFIG, "targets": ["a"]})), torch.randn(2, 5)
+    made = COMPUTED[how](li.adapter_state(model))
+    one, several = (li.install(Twice(shared), made)(x) for shared in (True, False))
+    assert error(one, several) < TOLERANCE[torch.float32] < error(one, Twice()(x))
+
+
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # as of files of its own
 def test_peft_adapts_a_layer_in_the_first_of_its_places_only(tmp_path: Path) -> None:
     """So neither our file nor theirs means the same to both; of a shared block both do."""

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,6 @@ from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts, fits_ke
 from lora_inject.errors import StateError
 
 _SAME = 1e-12  # relative difference of two equal scales alpha / rank by rounding
-
-MADE: dict[str, Any] = {"init": "kaiming", "aliases": ()}
-"""Fields of a site that was computed from others: no config and no model made it."""
 
 Term = tuple[SiteState, float]
 Parts = list[tuple[tuple[int, int], Tensor, Tensor]]
@@ -137,7 +133,7 @@ def site_of(parts: Parts, like: SiteSpec, scale: float, terms: Sequence[Term] = 
         if "b" in site.further
     ]
     alpha = scale * (math.sqrt(rank) if like.scaling == "rslora" else rank)
-    spec = replace(like, rank=rank, alpha=alpha, lora_bias=bool(biases), **MADE)
+    spec = replace(like, rank=rank, alpha=alpha, init="kaiming", lora_bias=bool(biases))
     tensors = {"A": A.reshape(spec.a_shape), "B": B.reshape(spec.b_shape)}
     if biases:
         tensors["b"] = (torch.stack(biases).sum(0) / scale).to(B.dtype)

@@ -134,6 +134,7 @@ def join_stack(name: str, members: Mapping[int, SiteState], n: int, asked: str) 
         experts=n,
         scaling="standard",
         update="weight",
+        aliases=(),
     )
     of_each = {e: gathered([(site, 1.0)], dtype, first.scale) for e, site in members.items()}
     rank = max(left.shape[2] for parts in of_each.values() for _, left, _ in parts)
