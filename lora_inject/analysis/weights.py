@@ -152,16 +152,14 @@ class Weights:
 
     def n_bytes(self, site: str) -> int:
         """Return how many bytes of W belong to a site."""
-        return sum(
-            (placed.stop - placed.start) * placed.n_cols * FLOATS[placed.source.dtype].itemsize
-            for placed in self._places.of_site(site)
-        )
+        return sum(placed.source.n_bytes for placed in self._places.of_site(site))
 
     def look(self, site: str) -> SiteOnWeight:
         """Read the weight of a site and compare the update with it."""
         places = self._places.of_site(site)
         spec = self._state.sites[site].spec
-        experts = spec.only or range(spec.experts or 0)
+        apart = spec.experts is not None and places[0].terms[0].spec.experts is None
+        experts = spec.only or range(spec.experts or 0) if apart else ()
         tallies = {name: Tally() for name in FORMATS}
         blocks = []
         for number, placed in enumerate(places):
@@ -173,15 +171,14 @@ class Weights:
             wide = torch.float64 if placed.source.dtype == "F64" else torch.float32
             delta = Delta(placed.terms, wide)
             reader = RowReader(self._checkpoint.path_of(placed.source.name))
-            rows = reader.blocks(placed.source, placed.n_cols, placed.start, placed.stop)
-            for at, some in rows:
+            for at, some in reader.blocks(placed.source, placed.n_cols):
                 W = some.to(wide)
-                D = delta.add_(torch.zeros_like(W), at - placed.start)
+                D = delta.add_(torch.zeros_like(W), at)
                 for name, tally in tallies.items():
                     base = FORMATS[name](W)
                     tally.count(base, D, D - (FORMATS[name](W + D) - base))
                 for i, part in enumerate(parts):
-                    squares[i] += _square(part.block, at - placed.start, W)
+                    squares[i] += _square(part.block, at, W)
             blocks += [
                 BlockOnWeight(
                     site,

@@ -10,10 +10,8 @@ Each may change `config.json`.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -429,15 +427,12 @@ def _clash_of_copies(job: TensorJob) -> str:
 
 def _clash_of_updates(job: TensorJob) -> str:
     """Return what updates of one tensor cannot do together, or ""."""
-    places = Counter((placed.start, placed.stop) for placed in job.placed)
     for placed in job.placed:  # a gain is right for one whole update
-        shared = places[placed.start, placed.stop] > 1 or job.rows or job.trained
+        shared = len(job.placed) > 1 or job.rows or job.trained
         if placed.gain is not None and (placed.terms[0].weight != 1 or shared):
             return "DoRA's update cannot be mixed with others or weighted"
-    pairs = itertools.pairwise(sorted(places))
-    views = {placed.n_cols for placed in job.placed}  # as other matrices
-    if len(views) > 1 or any(first[1] > second[0] for first, second in pairs):
-        return "two sites adapt rows of it that overlap"
+    if len({placed.n_cols for placed in job.placed}) > 1:
+        return "two sites see it as different matrices"
     rows = [index for indices, _ in job.rows for index in indices]
     if len(set(rows)) < len(rows) or (rows and job.trained):
         return "the same row is replaced twice"

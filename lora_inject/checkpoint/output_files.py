@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -27,21 +28,18 @@ def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
     return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
-@dataclass(frozen=True)
-class Placed:
-    """Low-rank updates on some rows of one tensor."""
+class Placed(NamedTuple):
+    """What a site adds to one tensor: all of its update, or of a stack one matrix."""
 
-    source: TensorEntry  # the base's tensor with the rows
-    start: int  # first row of the tensor's matrix
-    stop: int  # first row after
-    n_cols: int  # columns of the tensor's matrix
-    terms: tuple[Patch, ...]  # the updates, on a matrix of `stop - start` rows
-    gain: Gain | None = None  # factor on the outputs of W + the terms (DoRA)
+    site: str  # name of the site
+    source: TensorEntry  # the base's tensor
+    terms: tuple[Patch, ...]  # the update, less its frozen start if it has one
+    gain: Gain | None  # factor on the outputs of W + the terms (DoRA)
 
     @property
-    def site(self) -> str:
-        """Name of the site."""
-        return self.terms[0].spec.name
+    def n_cols(self) -> int:
+        """Columns of the matrix as which the tensor is seen."""
+        return self.terms[0].spec.matrix_shape[1]
 
 
 @dataclass(eq=False)
@@ -54,7 +52,7 @@ class TensorJob:
     source: TensorEntry | None
     dtype: str  # the format's name of its dtype in the output
     shape: tuple[int, ...]  # its dimensions in the output
-    placed: tuple[Placed, ...] = ()  # low-rank terms, on disjoint ranges of rows or on the same one
+    placed: tuple[Placed, ...] = ()  # low-rank updates, which see it as the same matrix
     # full tensors of adapters with their weights: `W + sum of w (T - W)`
     trained: tuple[tuple[Tensor, float], ...] = ()
     # the base's values where the adapter carries them (a grown vocabulary), else None

@@ -13,7 +13,6 @@ for any number of adapters.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -150,8 +149,8 @@ def _tasks(shard: OutputShard, sources: Mapping[str, RowReader]) -> Iterator[Pie
                 n_bytes = min(COPY_BYTES, part.n_bytes - done)
                 yield Piece(at + done, n_bytes, source=base, start=part.start + done)
         else:
-            for span in _spans_of(part, sources.get(part.shard or "")):
-                yield from ((span, start, stop) for start, stop in span.limits())
+            rows = _Rows(part, sources.get(part.shard or ""))
+            yield from ((rows, start, stop) for start, stop in rows.limits())
 
 
 @contextlib.contextmanager
@@ -188,58 +187,38 @@ _Block = tuple[list[tuple[str, memoryview]], Tally]
 """Bytes by the names of tensors, and how much of the delta is left after rounding."""
 
 
-def _spans_of(job: TensorJob, source: RowReader | None) -> Iterator[_Rows]:
-    """Cut a tensor at the limits of its updates."""
-    n_rows, n_cols = job.matrix
-    limits = {0, n_rows}.union(*((placed.start, placed.stop) for placed in job.placed))
-    for first, last in itertools.pairwise(sorted(limits)):
-        yield _Rows(job, n_cols, first, last, source)
-
-
 def rows_before_packing(job: TensorJob) -> Callable[[int], Tensor]:
     """Return the function to a row of a tensor that is quantized again, as it is before that."""
-    spans = [*_spans_of(job, None)]
-
-    def row(at: int) -> Tensor:
-        span = next(span for span in spans if span.first <= at < span.last)
-        return span.merged(at, at + 1, Room())[0][0]
-
-    return row
+    rows = _Rows(job, None)
+    return lambda at: rows.merged(at, at + 1, Room())[0][0]
 
 
 class _Rows:
-    """Rows of one output tensor to which the same updates apply.
+    """The rows of one output tensor.
 
     Args:
         job: The tensor.
-        n_cols: Columns of its matrix.
-        first: The first row.
-        last: The row after the last.
         source: The base's file that holds what it is made from, if there is one.
     """
 
-    def __init__(
-        self, job: TensorJob, n_cols: int, first: int, last: int,
-        source: RowReader | None,
-    ) -> None:  # fmt: skip
-        self.job, self.first, self.last, self.source = job, first, last, source
-        self.n_cols = n_cols
+    def __init__(self, job: TensorJob, source: RowReader | None) -> None:
+        self.job, self.source = job, source
+        self.n_rows, self.n_cols = job.matrix
         is_double = job.source is not None and job.source.dtype == "F64"
         self.wide = torch.float64 if is_double else torch.float32
         self.values = None if job.packed is None else job.packed.rows()
-        covering = [p for p in job.placed if p.start <= first and last <= p.stop]
-        terms = [term for placed in covering for term in placed.terms]
-        gain = next((placed.gain for placed in covering if placed.gain is not None), None)
+        terms = [term for placed in job.placed for term in placed.terms]
+        gain = next((placed.gain for placed in job.placed if placed.gain is not None), None)
         self.delta = Delta(terms, self.wide, gain) if terms else None
         if self.delta is not None:
-            self.delta.norms_of((a - first, self.stored(a, b)) for a, b in self.limits())
+            self.delta.norms_of((start, self.stored(start, stop)) for start, stop in self.limits())
 
     def limits(self) -> Iterator[tuple[int, int]]:
         """Yield the first row of each block, and the row after its last."""
         unit = self.job.packed.unit if self.job.packed is not None and self.job.again else 1
         step = max(unit, rows_per_block(self.n_cols) // unit * unit)
-        for start in range(self.first, self.last, step):
-            yield start, min(self.last, start + step)
+        for start in range(0, self.n_rows, step):
+            yield start, min(self.n_rows, start + step)
 
     @torch.inference_mode()  # the rows are views, which autograd would track
     def block(self, start: int, stop: int, room: Room) -> _Block:
@@ -257,7 +236,7 @@ class _Rows:
         if self.delta is None:
             merged.copy_(rows)
         else:
-            fold_rows(rows, start - self.first, self.delta, tally, merged)
+            fold_rows(rows, start, self.delta, tally, merged)
         if not (tally.finite if self.delta is not None else _kept_finite(rows, merged)):
             _check_finite(job, rows, merged)
         return merged, tally

@@ -30,6 +30,7 @@ from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter
 from lora_inject.checkpoint.output_files import Placed, TensorJob, clash, matrix_of
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, base_differences, same_values
+from lora_inject.core.adapter.reshape import matrices_of
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
@@ -286,34 +287,15 @@ class Places:
         else:
             raise _absent(name)
 
-    def _put(
-        self,
-        name: str,
-        entry: TensorEntry,
-        site: SiteState,
-        spec: SiteSpec,
-        *,
-        start: int = 0,
-        number: int = 0,
-        rows: slice = slice(None),
-    ) -> None:
-        """Put the update of a matrix, or some of its rows, on the rows of a tensor from `start` on.
-
-        `spec` is of these rows alone, and `number` that of the matrix in A and B. This includes the
-        subtraction of a frozen start.
-        """
-        patches = []
-        for A, B, sign in site.pairs:
-            a = A.reshape(-1, *site.spec.a_shape[-2:])[0 if site.spec.share == "A" else number]
-            b = B.reshape(-1, *site.spec.b_shape[-2:])[0 if site.spec.share == "B" else number]
-            a, b = (a[:, rows], b) if spec.transposed else (a, b[rows])
-            patches.append(Patch(spec, a, b, sign * self.adapter.weight))
+    def _put(self, name: str, entry: TensorEntry, site: SiteState, of: str) -> None:
+        """Put an update on a tensor; `of` is the name of its site in the adapter."""
+        spec, weight = site.spec, self.adapter.weight
+        terms = tuple(Patch(spec, A, B, sign * weight) for A, B, sign in site.pairs)
         variant, gain = VARIANTS[spec.variant], None
         if variant.gained:  # one matrix: sites that cannot have a gain were refused before
             gain = Gain(variant.gain, site.further, spec.spans)
-        source, (height, n_cols) = self.checkpoint.tensors[entry.name], spec.matrix_shape
-        placed = Placed(source, start, start + height, n_cols, tuple(patches), gain)
-        self._job(name, source, "placed").placed += (placed,)
+        source = self.checkpoint.tensors[entry.name]
+        self._job(name, source, "placed").placed += (Placed(of, source, terms, gain),)
 
     def _in_one(self, name: str, entry: TensorEntry, site: SiteState) -> None:
         """Place an update on one tensor, or on one stack of experts."""
@@ -323,7 +305,6 @@ class Places:
             if shape != spec.weight_shape:
                 problem = f"its shape is {list(shape)}, the adapter's is {list(spec.weight_shape)}"
                 raise NoPlace(f"'{name}': {problem}")
-            matrix = spec.matrix_shape[0] // (spec.experts or 1), spec.matrix_shape[1]
             transposed = spec.transposed
         elif len(shape) < 2 or (stacked and (len(shape) != 3 or shape[0] != spec.experts)):
             for_experts = f" for {spec.experts} experts" if stacked else ""
@@ -335,9 +316,7 @@ class Places:
         else:
             matrix = matrix_of(shape[1:] if stacked else shape)
             transposed = self.is_transposed(spec, name, matrix)
-        one = _of_matrix(spec, matrix, transposed)
-        for n, e in enumerate(spec.only or range(spec.experts or 1)):
-            self._put(name, entry, site, one, start=e * matrix[0], number=n)
+        self._put(name, entry, _lying(site, transposed), spec.name)
 
     def _in_separate(self, name: str, site: SiteState) -> None:
         """Split an update of stacked experts over the per-expert tensors of the file."""
@@ -358,11 +337,8 @@ class Places:
         height, n_cols = shape
         # The class lays them one above the other as they are, and the stack lies as the site says.
         transposed = self.is_transposed(spec, name, (n_parts * height, n_cols))
-        one = _of_matrix(spec, (height, n_cols), transposed)
-        for n, e in enumerate(spec.only or range(len(names))):
-            for part, other in enumerate(names[e]):
-                rows = slice(part * height, (part + 1) * height)
-                self._put(other, tensors[other], site, one, number=n, rows=rows)
+        for part, update in matrices_of(_lying(site, transposed), names, "merge").items():
+            self._put(part, tensors[part], update, spec.name)
 
     def is_transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool:
         """Return whether the matrix of a tensor is `(in, out)`.
@@ -400,13 +376,14 @@ class Places:
         return None
 
 
-def _of_matrix(spec: SiteSpec, matrix: tuple[int, int], transposed: bool) -> SiteSpec:
-    """Return the site of one matrix of a stack, of some rows of it, or of a whole weight."""
-    n_out, n_in = matrix[::-1] if transposed else matrix
-    return replace(
-        spec, in_features=n_in, out_features=n_out, weight_shape=matrix,
-        transposed=transposed, experts=None, only=None, share="",
-    )  # fmt: skip
+def _lying(site: SiteState, transposed: bool) -> SiteState:
+    """Return a site whose matrix lies as it does in the files."""
+    spec = site.spec
+    if spec.transposed == transposed:
+        return site
+    *around, n_rows, n_cols = spec.weight_shape
+    shape = (*around, n_cols, n_rows)
+    return site.at(replace(spec, transposed=transposed, weight_shape=shape))
 
 
 def _may_be_wrong(spec: SiteSpec) -> bool:

@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lora_inject.core.adapter.reshape import renamed, split_site, split_stack, turned
+from lora_inject.core.adapter.reshape import matrices_of
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import serialize
@@ -125,20 +125,11 @@ def _matrices(site: SiteState, facts: ModelFacts) -> dict[str, SiteState]:
     if len(names) != n_experts:
         problem = f"the base's files hold {len(names)} of its {n_experts} experts separately"
         raise FormatError(where, problem, 'Write stacks as they are: format="peft"')
-    # Files keep Linear layers' matrices, which lie as in the stack, whatever its adapter calls in.
-    site = turned(site) if site.spec.transposed else site
-    made: dict[str, SiteState] = {}
-    for expert, parts in zip(split_stack(site).values(), names, strict=True):
-        width, stray = divmod(expert.spec.out_features, len(parts))
-        if stray:
-            problem = f"{expert.spec.out_features} rows are not those of {len(parts)} matrices"
-            raise FormatError(where, problem, "Name the adapter's own base")
-        sizes = {str(number): width for number in range(len(parts))}
-        pieces = [expert] if len(parts) == 1 else split_site(expert, sizes, where).values()
-        for part, piece in zip(parts, pieces, strict=True):
-            module = part.removesuffix(".weight")
-            made[module] = replace(piece, spec=renamed(piece.spec, module))
-    return made
+    n_rows = site.spec.matrix_shape[0] // n_experts
+    if any(n_rows % len(parts) for parts in names):
+        problem = f"{n_rows} rows are not those of {len(names[0])} matrices"
+        raise FormatError(where, problem, "Name the adapter's own base")
+    return {one.spec.name: one for one in matrices_of(site, names, where).values()}
 
 
 def write_shared(

@@ -5,6 +5,7 @@ and, for vLLM, what its own loader makes of a file (helpers/expert_loaders.py).
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from helpers.expert_loaders import as_sglang_loads_it, of_single_experts, of_sta
 from helpers.experts import SIZES, THREE, TURNED, experts
 from helpers.merging import load_checkpoint, merge
 from helpers.refusals import refused
-from helpers.states import effect
+from helpers.states import effect, linear, parameter, state_of
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +23,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import lora_inject as li
 from lora_inject.checkpoint.places import Places
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.spec.sites import Slices
 
 pytestmark = needs_transformers_5
 RANK, SCALE = 2, 1.5
@@ -180,3 +183,27 @@ def test_a_stack_is_split_into_matrices_that_lie_as_in_it(hidden: int, tmp_path:
             assert site.spec.weight_shape == delta.shape
             update = effect(site).mT if site.spec.transposed else effect(site)
             torch.testing.assert_close(update.float(), delta, rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_for_vllm_of_one_matrix_of_a_stack_are_refused_by_name(tmp_path: Path) -> None:
+    """It ended in an error of zip."""
+    model, _ = base_of(tmp_path / "base", hidden_size=8)
+    n = len(model.get_parameter(f"{MODULE}.down_proj"))
+    gates = [linear(f"{MODULE}.{expert}.gate_proj", 8, 4) for expert in range(n)]
+    downs = [linear(f"{MODULE}.{expert}.down_proj", 4, 8) for expert in range(n)]
+    state = li.adapter_state(li.install(model, state_of(*gates, *downs)))
+    with refused(li.FormatError, f"'{MODULE}.0.up_proj' is not"):
+        li.convert(state, tmp_path / "out", "vllm", base=tmp_path / "base")
+
+
+def test_pairs_for_vllm_of_slices_across_the_matrices_are_refused(tmp_path: Path) -> None:
+    """It ended in an error of torch."""
+    base_of(tmp_path / "base", hidden_size=8)
+    value = state_of(parameter(f"{MODULE}.gate_up_proj", 4, 8, 8, layout="in_out"))
+    (site,) = value.sites.values()
+    spec = replace(site.spec, slices=Slices((("0", 4), ("1", 4)), ("0", "1")))
+    made = SiteState(spec, torch.randn(spec.a_shape), torch.randn(spec.b_shape))
+    with refused(li.StateError, f"'{MODULE}.gate_up_proj'", "slices"):
+        li.convert(
+            li.AdapterState({spec.name: made}), tmp_path / "out", "vllm", base=tmp_path / "base"
+        )

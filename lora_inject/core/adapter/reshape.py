@@ -14,7 +14,7 @@ import torch
 
 from lora_inject.core.adapter.parts import check_alike, gathered, site_of, total
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.spec.names import joined, parent
+from lora_inject.core.spec.names import joined, leaf, parent
 from lora_inject.core.spec.sites import SiteSpec, Slices, adapted_parts
 from lora_inject.errors import StateError
 
@@ -82,8 +82,11 @@ def join_sites(
 
 
 def turned(site: SiteState) -> SiteState:
-    """Return the same update of the same tensor, seen the other way round; it has no slices."""
+    """Return the same update of the same tensor, seen the other way round."""
     spec = site.spec
+    if spec.slices is not None:
+        problem = "its slices would be some of its inputs"
+        raise StateError(f"turn site '{spec.name}'", problem, "Split its slices first")
     n_in, n_out = spec.out_features, spec.in_features
     made = replace(spec, in_features=n_in, out_features=n_out, transposed=not spec.transposed)
     a0, b0 = (None if t is None else t.mT for t in (site.B0, site.A0))
@@ -96,10 +99,9 @@ def split_stack(site: SiteState) -> dict[str, SiteState]:
     The matrix of each lies as in the stack: as a linear layer has it, or, `(in, out)`, a Conv1D.
     """
     spec = site.spec
-    head, _, leaf = spec.name.rpartition(".")
     sites = {}
-    for expert in range(spec.experts or 0):
-        name = joined(head, f"{expert}.{leaf}")
+    for place, expert in enumerate(_chosen(spec)):
+        name = joined(parent(spec.name), f"{expert}.{leaf(spec.name)}")
         made = replace(
             spec,
             name=name,
@@ -107,11 +109,40 @@ def split_stack(site: SiteState) -> dict[str, SiteState]:
             kind="conv1d" if spec.transposed else "linear",
             weight_shape=spec.weight_shape[1:],
             experts=None,
+            only=None,
+            share="",
             update="forward",
             aliases=(),
         )
-        sites[name] = SiteState.of(made, {role: t[expert] for role, t in site.tensors.items()})
+        own = {r: t[0 if spec.share == r[0] else place] for r, t in site.tensors.items()}
+        sites[name] = SiteState.of(made, own)
     return sites
+
+
+def _chosen(spec: SiteSpec) -> Sequence[int]:
+    """Return the numbers of the experts of a stack that are adapted."""
+    return spec.only or range(spec.experts or 0)
+
+
+def matrices_of(
+    site: SiteState, names: Sequence[Sequence[str]], asked: str
+) -> dict[str, SiteState]:
+    """Return sites on the matrices of a stack that files keep apart, by the names of their weights.
+
+    `names` has for each expert those that lie one above the other in the stack. They are Linear
+    layers' matrices, which lie as in the stack, whatever its adapter calls in.
+    """
+    site = turned(site) if site.spec.transposed else site
+    made: dict[str, SiteState] = {}
+    for number, expert in zip(_chosen(site.spec), split_stack(site).values(), strict=True):
+        width = expert.spec.out_features // len(names[number])
+        sizes = {str(part): width for part in range(len(names[number]))}
+        parts = split_site(expert, sizes, asked) if len(sizes) > 1 else {"0": expert}
+        for part, one in parts.items():
+            weight = names[number][int(leaf(part))]
+            spec = one.spec.at(weight.removesuffix(".weight"), weight)
+            made[weight] = one.at(spec)
+    return made
 
 
 def join_stack(name: str, members: Mapping[int, SiteState], n: int, asked: str) -> SiteState:

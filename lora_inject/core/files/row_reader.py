@@ -77,14 +77,11 @@ class RowReader:
         """Return a whole tensor of its own shape; valid until the next call."""
         return self.rows(entry, 1, 0, entry.n_elements).view(entry.shape)
 
-    def blocks(
-        self, entry: TensorEntry, n_cols: int, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)` over a whole tensor, or over some of its rows."""
-        stop = entry.n_elements // max(1, n_cols) if stop is None else stop
-        step = rows_per_block(n_cols)
-        for first in range(start, stop, step):
-            yield first, self.rows(entry, n_cols, first, min(stop, first + step))
+    def blocks(self, entry: TensorEntry, n_cols: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)` over a whole tensor."""
+        n_rows, step = entry.n_elements // max(1, n_cols), rows_per_block(n_cols)
+        for first in range(0, n_rows, step):
+            yield first, self.rows(entry, n_cols, first, min(n_rows, first + step))
 
 
 _POSITION = threading.Lock()  # of files, where reading or writing at an offset moves it
