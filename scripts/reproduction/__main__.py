@@ -5,7 +5,7 @@
     bash scripts/reproduce.sh --quick            tiny random models: does it work at all
 
 Every finished run is a file below `--folder`. It may be stopped at any moment, with Ctrl-C too, and
-started again: only what is missing or has other settings is run.
+started again: only what is missing or has other sizes is run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # Before torch reads them: the profiler is loud, and no peer may ask a server for anything.
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ |= {"KINETO_LOG_LEVEL": "5", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take time from each other
 
 import torch
+import yaml
 from benchmarks import measure
 from transformers.utils import logging
 
@@ -32,13 +31,12 @@ from reproduction.decoder import decoder
 from reproduction.directions import directions
 from reproduction.lab import QUICK, Lab, Sizes, table
 
-REPO = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
 STAGES = {
     stage.__name__: stage
     for stage in (
-        *(sentences.quality, sentences.rivals, decoder, sentences.matrices, sentences.ranks),
-        *(directions, costs.counting, costs.memory, costs.latency, costs.together),
-        costs.switching,
+        *(sentences.quality, decoder, sentences.matrices, sentences.ranks, directions),
+        *(costs.counting, costs.memory, costs.latency, costs.together, costs.switching),
     )
 }
 
@@ -53,20 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="records (default: .reproduction)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.stages if name not in STAGES]:
-        parser.error(f"no such stage: {', '.join(unknown)}")
-    folder = args.folder or REPO / (".reproduction/quick" if args.quick else ".reproduction")
+    for name in args.stages:
+        if name not in STAGES:
+            parser.error(f"no such stage: {name}")
+    folder = HERE.parents[1] / (".reproduction/quick" if args.quick else ".reproduction")
     torch.set_num_threads(args.threads)
     measure.clock("cpu" if args.threads == 1 else "wall")  # leaves out waiting for a core
-    lab = Lab(folder, QUICK if args.quick else Sizes(), args.quick)
+    lab = Lab(args.folder or folder, QUICK if args.quick else Sizes(), args.quick)
     logging.disable_progress_bar()
+    paper = yaml.safe_load((HERE / "claims.yaml").read_text(encoding="utf-8"))
     claims = []
     try:
         for name in args.stages or STAGES:
-            tables, told = STAGES[name](lab)
-            claims += told
-            if tables:
-                print(f"\n## {name}\n", *tables, sep="\n\n", flush=True)
+            found, answers = STAGES[name](lab)
+            pairs = zip(paper[name].items(), answers, strict=True)
+            claims += [(*claim, *answer) for claim, answer in pairs]
+            if found:
+                print(f"\n## {name}\n\n\n{found}", flush=True)
     except KeyboardInterrupt:
         print("stopped; what is finished is kept, and the same command goes on from there")
         return 130

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from data import pairs as data
 from data.pairs import Example
+from torch import Tensor
 
 import lora_inject as li
 
-from .lab import Claim, Lab, Result, table, verdict
+from .lab import Answer, Lab, Result, table, verdict
 from .methods import Method, prefix, top_two, train
 
 BATCH = 8
@@ -20,101 +21,81 @@ MAX_TOKENS = 112  # of a pair; what is longer is left out
 MARGIN = 0.02  # nats for each token: what counts as on par
 
 
-def _lora(rank: int) -> Callable[[Any], Any]:
-    config = {"rank": rank, "alpha": 8, "targets": [r"self_attn\.[qv]_proj"]}
-    return lambda model: li.inject(model, config)
+def _lora(model: Any, rank: int) -> None:
+    li.inject(model, {"rank": rank, "alpha": 8, "targets": [r"self_attn\.[qv]_proj"]})
 
 
+PREFIX = partial(prefix, body="model", n_tokens=10)
+R4 = (2e-3, 5e-3)
 METHODS = {
-    "lora-r4": Method("LoRA q, v, r = 4", _lora(4), (2e-3, 5e-3)),
+    "lora-r4": Method("LoRA q, v, r = 4", partial(_lora, rank=4), R4),
     "full": Method("full fine-tuning", lambda model: model, (5e-5, 2e-4)),
-    "lora-r1": Method("LoRA q, v, r = 1", _lora(1), like="lora-r4"),
-    "lora-r16": Method("LoRA q, v, r = 16", _lora(16), like="lora-r4"),
+    "lora-r1": Method("LoRA q, v, r = 1", partial(_lora, rank=1), R4, like="lora-r4"),
+    "lora-r16": Method("LoRA q, v, r = 16", partial(_lora, rank=16), R4, like="lora-r4"),
     "top2": Method("top two layers", lambda m: top_two(m, m.model.layers), (2e-4, 1e-3)),
-    "prefix": Method(
-        "prefix tuning, 10 tokens (PEFT)", lambda m: prefix(m, "model", 10), (1e-2, 5e-2)
-    ),
+    "prefix": Method("prefix tuning, 10 tokens (PEFT)", PREFIX, (1e-2, 5e-2)),
 }
 
 
-def decoder(lab: Lab) -> tuple[list[str], list[Claim]]:
+def decoder(lab: Lab) -> tuple[str, list[Answer]]:
     """Perplexity of every method; the rate is chosen on pairs of the training modules."""
-    settings = lab.settings("pair_steps", "n_pairs")
-    start = lab.run("pairs/base", lab.settings("n_pairs"), lambda: fine_tune(lab, None, 0))
-    best: dict[str, tuple[float, Result]] = {}
+    found = {"untrained": lab.run(fine_tune, "untrained", 0.0)}
     for name, method in METHODS.items():
-        rates = method.rates[: lab.sizes.keep_rates] or (best[method.like][0],)
-        tried = [
-            lab.run(
-                f"pairs/{name}/{rate:g}",
-                {"rate": rate, **settings},
-                lambda method=method, rate=rate: fine_tune(lab, method, rate),
-            )
-            for rate in rates
-        ]
-        best[name] = min(zip(rates, tried, strict=True), key=lambda one: one[1]["dev"])
-    full = best["full"][1]
-    rows = [("untrained", f"{math.exp(start['test']):.2f}")]
-    rows += [(METHODS[n].title, f"{math.exp(r['test']):.2f}") for n, (_, r) in best.items()]
-    perplexities = dict(rows)
-    claims = []
-    for name in ("lora-r1", "lora-r4", "lora-r16"):
-        title, (mean, error) = METHODS[name].title, behind(best[name][1], full)
-        against = f"{perplexities[title]} against {perplexities[METHODS['full'].title]}"
-        claims.append((
-            f"{title}, is on par with full fine-tuning on a generation task",
-            "GPT-2 medium E2E: BLEU 70.4 against 68.2",
-            f"perplexity {against} ({mean:+.3f} ± {error:.3f} nats a token)",
-            verdict(-mean, error, -MARGIN),
-        ))  # fmt: skip
-    return [table(("method", "perplexity"), rows)], claims
+        tuned = method.like or name
+        rates = METHODS[tuned].rates[: lab.sizes.keep_rates]
+        best = min(rates, key=lambda rate: per_token(lab.run(fine_tune, tuned, rate)["dev"]))
+        found[method.title] = lab.run(fine_tune, name, best)
+    shown = {title: f"{math.exp(per_token(rows['test'])):.2f}" for title, rows in found.items()}
+    full = METHODS["full"].title
+    answers = []
+    for title in (METHODS[name].title for name in ("lora-r1", "lora-r4", "lora-r16")):
+        mean, error = behind(found[title]["test"], found[full]["test"])
+        nats = f"{mean:+.3f} ± {error:.3f} nats a token"
+        said = f"perplexity {shown[title]} against {shown[full]} ({nats})"
+        answers.append((said, verdict(-mean, error, -MARGIN)))
+    return table(("method", "perplexity"), shown.items()), answers
 
 
-def parts(lab: Lab, tokenizer: Any) -> list[list[Example]]:
-    """Pairs to train on, to choose the rate by (of the training modules), and to report on."""
+def fine_tune(lab: Lab, name: str, rate: float) -> Result:
+    """Train, but for `untrained`; nats and tokens of pairs to choose by, and to report on."""
+    model, tokenizer = lab.decoder()
     split = lab.pairs()
     n_train, n_test = lab.sizes.pair_steps * BATCH, lab.sizes.n_pairs
-    n = n_train + n_test // 2
-    known = data.examples(tokenizer, split.train, n, MAX_TOKENS, ended=False)
-    test = data.examples(tokenizer, split.held_out, n_test, MAX_TOKENS, ended=False)
-    return [known[:n_train], known[n_train:], test]
-
-
-def fine_tune(lab: Lab, method: Method | None, rate: float) -> Result:
-    """Train, unless there is no method, then measure on both held-out parts."""
-    model, tokenizer = lab.decoder()
-    rows, *measured = parts(lab, tokenizer)
-    if method is None:
-        return measure(model, measured)
-    torch.manual_seed(0)
-    method.apply(model)
-    train(
-        [p for p in model.parameters() if p.requires_grad],
-        data.batches(rows, BATCH),
-        lambda batch: -data.target_log_probs(model, *data.collate(batch, 0)).mean(),
-        rate,
+    known, test = (
+        data.examples(tokenizer, part, n, MAX_TOKENS, ended=False)
+        for part, n in ((split.train, n_train + n_test // 2), (split.held_out, n_test))
     )
-    return measure(model, measured)
+    if name in METHODS:
+        torch.manual_seed(0)
+        METHODS[name].apply(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        batches = data.batches(known[:n_train], BATCH)
+        train(trained, batches, lambda batch: log_probs(model, batch).mean().neg(), rate)
+    return {"dev": measure(model, known[n_train:]), "test": measure(model, test)}
 
 
-def measure(model: Any, parts: Sequence[Sequence[Example]]) -> Result:
-    """Nats for each target token, on the development and the test part; by pair on the latter."""
-    means, nats, tokens = [], [], []
+def log_probs(model: Any, batch: list[Example]) -> Tensor:
+    return data.target_log_probs(model, *data.collate(batch, 0))
+
+
+def measure(model: Any, part: list[Example]) -> list[tuple[float, int]]:
+    """Nats and number of target tokens of each pair."""
+    found: list[tuple[float, int]] = []
     with torch.inference_mode():
-        for part in parts:
-            nats, tokens = [], []
-            for batch in data.batches(part, BATCH):
-                sizes = [len(e.tokens) - e.n_prompt for e in batch]
-                flat = data.target_log_probs(model, *data.collate(batch, 0))
-                nats += [-piece.sum().item() for piece in flat.split(sizes)]
-                tokens += sizes
-            means.append(sum(nats) / sum(tokens))
-    return {"dev": means[0], "test": means[1], "nats": nats, "tokens": tokens}
+        for batch in data.batches(part, BATCH):
+            sizes = [len(e.tokens) - e.n_prompt for e in batch]
+            pieces = log_probs(model, batch).split(sizes)
+            found += [(-p.sum().item(), n) for p, n in zip(pieces, sizes, strict=True)]
+    return found
 
 
-def behind(one: Result, other: Result) -> tuple[float, float]:
+def per_token(rows: list[tuple[float, int]]) -> float:
+    nats, tokens = map(sum, zip(*rows, strict=True))
+    return nats / tokens
+
+
+def behind(one: list[tuple[float, int]], other: list[tuple[float, int]]) -> tuple[float, float]:
     """Nats for each token that one is worse than the other, with its standard error over pairs."""
-    total = sum(one["tokens"])
-    mean = (sum(one["nats"]) - sum(other["nats"])) / total
-    rows = zip(one["nats"], other["nats"], one["tokens"], strict=True)
-    return mean, math.sqrt(sum((a - b - mean * n) ** 2 for a, b, n in rows)) / total
+    rows = [(a - b, n) for (a, n), (b, _) in zip(one, other, strict=True)]
+    mean = per_token(rows)
+    return mean, math.sqrt(sum((d - mean * n) ** 2 for d, n in rows)) / sum(n for _, n in rows)

@@ -1,17 +1,15 @@
 """Where runs happen and what is kept of them: one JSON file for each finished run.
 
-`Lab.run` looks for a record of that name with those settings and returns its result. Else it calls
-the function and writes the record in one rename. So everything may be stopped at any moment and
-started again; a changed setting makes exactly the runs that depend on it new.
+`Lab.run(work, *args)` looks for a record of that work with these arguments and sizes and returns
+its result. Else it does the work and writes the record in one rename. So everything may be stopped
+at any moment and started again.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from . import toy
 
 Result = dict[str, Any]
-Claim = tuple[str, str, str, str]
+Answer = tuple[str, str]  # what was found, and whether the claim holds
 HOLDS, FAILS, OPEN, PARTLY = "holds", "**does not hold**", "undecided", "holds in part"
 
 
@@ -60,43 +58,29 @@ class Lab:
     sizes: Sizes
     toys: bool
 
-    def run(self, name: str, settings: Mapping[str, Any], work: Callable[[], Result]) -> Result:
-        """The result of a run, from its record or by doing it now, as JSON gives it back."""
+    def run(self, work: Callable[..., Result], *args: object) -> Result:
+        """The result of `work(lab, *args)`, from its record or by doing it now, as JSON has it."""
+        name = "/".join([work.__module__.rpartition(".")[2], work.__name__, *map(str, args)])
         path = self.folder / "records" / f"{name}.json"
-        wanted = json.loads(json.dumps({**settings, "toys": self.toys}))
-        if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["settings"] == wanted:
-                return kept["result"]
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = work()
-        seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (self.folder / ".gitignore").write_text("*\n", encoding="utf-8")
-        date = {"date": time.strftime("%Y-%m-%d %H:%M"), "load": os.getloadavg()[0]}
-        write_json(path, {"settings": wanted, "result": result, **date, **seconds})
-        print(f"{date['date']} {name}: {seconds['seconds']:.0f} s", flush=True)
-        return json.loads(json.dumps(result))
-
-    def kept(self, name: str) -> Path:
-        """Where a run keeps what is too large for its record, such as an adapter."""
-        path = self.folder / "kept" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def settings(self, *names: str) -> dict[str, Any]:
-        """Some of the sizes, for the settings of a run."""
-        return {name: asdict(self.sizes)[name] for name in names}
+        sizes = json.loads(json.dumps(asdict(self.sizes)))
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if kept.get("sizes") != sizes:
+            began = time.perf_counter()
+            kept = {"sizes": sizes, "result": json.loads(json.dumps(work(self, *args)))}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, kept)
+            print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+        return kept["result"]
 
     def encoder(self) -> tuple[Any, Any]:
         """A fresh encoder and its tokenizer."""
         return toy.encoder() if self.toys else models.encoder()
 
-    def sentences(self, kind: str = "movies") -> snippets.Split:
+    def sentences(self, kind: str) -> snippets.Split:
         """The sentences of one kind, cut to size."""
-        sizes = self.sizes
-        whole = _sentences(None if self.toys else self.folder, kind)
-        counts = (sizes.n_train, sizes.n_dev, sizes.n_test)
+        read = toy.sentences(kind) if self.toys else snippets.read(self.folder, kind)
+        whole = snippets.split(read)
+        counts = (self.sizes.n_train, self.sizes.n_dev, self.sizes.n_test)
         return snippets.Split(*(part[:n] for part, n in zip(whole, counts, strict=True)))
 
     def pairs(self) -> pairs.Split:
@@ -114,19 +98,15 @@ class Lab:
         return model, AutoTokenizer.from_pretrained(folder)
 
 
-@functools.cache
-def _sentences(folder: Path | None, kind: str) -> snippets.Split:
-    return snippets.split(toy.sentences(kind) if folder is None else snippets.read(folder, kind))
-
-
-# ------------------------------------------------------------------------------------- telling
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, words: int = 1) -> str:
     """A table of Markdown; all columns but the first `words` are flush right."""
     rule = [":--" if i < words else "--:" for i in range(len(head))]
     lines = [head, rule, *([str(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def holds(condition: bool) -> str:
+    return HOLDS if condition else FAILS
 
 
 def verdict(difference: float, error: float, bound: float = 0.0) -> str:

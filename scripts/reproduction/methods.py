@@ -26,24 +26,18 @@ TARGETS = {
     "q": [Q], "k": [K], "v": [V], "o": [O], "qk": [Q, K], "qv": [Q, V],
     "qkvo": [Q, K, V, O], "all": [Q, K, V, O, UP, DOWN],
 }  # fmt: skip
-TITLES = {"qk": "q, k", "qv": "q, v", "qkvo": "q, k, v, o", "all": "all linears"}
+TITLES = {name: ", ".join(name) for name in TARGETS} | {"all": "all linears"}
 RANKS = (1, 2, 4, 8, 64)
 Batch = TypeVar("Batch")
 
 
 class Method(NamedTuple):
-    """One way to fine-tune.
-
-    Attributes:
-        title: As in tables.
-        apply: Sets up what trains on a model.
-        rates: Learning rates to try; none where it takes that of another method.
-        like: That other method's name.
-    """
+    """One way to fine-tune: how it sets up what trains, the learning rates to try, and the method
+    that is tuned in its place, where that is another one."""
 
     title: str
     apply: Callable[[Any], object]
-    rates: tuple[float, ...] = ()
+    rates: tuple[float, ...]
     like: str = ""
 
 
@@ -82,11 +76,6 @@ def prefix(model: Any, body: str, n_tokens: int) -> None:
     setattr(model, body, get_peft_model(getattr(model, body), config))
 
 
-def bitfit(model: Any) -> None:
-    """Every bias, by a config without sites."""
-    li.inject(model, {"targets": [], "bias": "all", "train": [r"head\..*"]})
-
-
 def lora(model: Any, sites: str, rank: int, also: Sequence[str] = ()) -> None:
     """LoRA of one rank on the matrices that `sites` names."""
     config = {"rank": rank, "alpha": ALPHA, "targets": TARGETS[sites]}
@@ -99,27 +88,25 @@ def prefix_and_lora(model: Any) -> None:
     lora(model, "qv", 8, [r"prompt_encoder\..*"])
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(nn.Sequential):
     """An adapter layer, `x + U f(D x + d) + u` with U and u zero at the start."""
 
     def __init__(self, dim: int, width: int, *, normed: bool) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim) if normed else nn.Identity()
-        self.down, self.up = nn.Linear(dim, width), nn.Linear(width, dim)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        down, up = nn.Linear(dim, width), nn.Linear(width, dim)
+        nn.init.zeros_(up.weight)
+        nn.init.zeros_(up.bias)
+        super().__init__(*[nn.LayerNorm(dim)] * normed, down, nn.GELU(), up)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(nn.functional.gelu(self.down(self.norm(x))))
+        return x + super().forward(x)
 
 
 def attach(model: nn.Module, names: Sequence[str], dim: int, width: int, *, normed: bool) -> None:
     """Put an adapter layer behind each named layer, and freeze all else."""
     model.requires_grad_(False)
     for name in names:
-        layer = model.get_submodule(name)
-        behind = nn.Sequential(layer, Bottleneck(dim, width, normed=normed))
-        model.set_submodule(name, behind)
+        behind = Bottleneck(dim, width, normed=normed)
+        model.set_submodule(name, nn.Sequential(model.get_submodule(name), behind))
 
 
 def adapter_layers(model: Any, width: int, parts: Sequence[str], *, normed: bool) -> None:
@@ -133,43 +120,33 @@ def adapter_layers(model: Any, width: int, parts: Sequence[str], *, normed: bool
         norm.requires_grad_(True)
 
 
-def _like(sites: str, rank: int) -> str:
-    """The tuned method that is nearest to these sites and this rank."""
-    if sites == "all":
-        return "lora-all-r8" if rank < 64 else "lora-all-r64"
-    return "lora-qv-r1" if rank < 4 else "lora-qv-r8" if rank < 64 else "lora-qv-r64"
-
-
-LORA_RATES = (2e-3, 5e-3, 1.2e-2)
-LORA_TUNED = {
-    "lora-qv-r1": (1e-3, *LORA_RATES),
-    **dict.fromkeys(("lora-qv-r8", "lora-qv-r64", "lora-all-r8", "lora-all-r64"), LORA_RATES),
-}
 H = partial(adapter_layers, width=8, parts=("attention.output", "output"), normed=False)
 L = partial(adapter_layers, width=16, parts=("output",), normed=True)
+BITFIT = {"targets": [], "bias": "all", "train": [r"head\..*"]}  # a config without sites
+PREFIX = partial(prefix, body="encoder", n_tokens=16)
+RATES, LORA_RATES = (1e-3, 3e-3, 1e-2), (2e-3, 5e-3, 1.2e-2)
+
+
+def _lora(sites: str, rank: int) -> Method:
+    """LoRA with the rate of the nearest that is tuned: q and v or all linears, r = 1, 8 or 64."""
+    like = f"lora-qv-r{1 if rank < 4 else 8 if rank < 64 else 64}"
+    if sites == "all":
+        like = f"lora-all-r{8 if rank < 64 else 64}"
+    rates = (1e-3, *LORA_RATES) if like == "lora-qv-r1" else LORA_RATES
+    title = f"LoRA {TITLES[sites]}, r = {rank}"
+    return Method(title, partial(lora, sites=sites, rank=rank), rates, like)
+
+
 METHODS = {
     "head": Method("head only", lambda m: m.requires_grad_(False), (3e-3, 1e-2, 3e-2)),
     "full": Method("full fine-tuning", lambda m: m.requires_grad_(True), (1e-4, 2e-4, 4e-4)),
     "top2": Method(
         "top two layers", lambda m: top_two(m, m.encoder.encoder.layer), (1e-4, 3e-4, 1e-3)
     ),
-    "bitfit": Method("BitFit: all biases", bitfit, (1e-3, 3e-3, 1e-2)),
-    "adapter-h": Method("Adapter-H, width 8", H, (1e-3, 3e-3, 1e-2)),
-    "adapter-l": Method("Adapter-L, width 16", L, (1e-3, 3e-3, 1e-2, 3e-2)),
-    "prefix": Method(
-        "prefix tuning, 16 tokens (PEFT)",
-        partial(prefix, body="encoder", n_tokens=16),
-        (3e-3, 1e-2, 3e-2, 1e-1),
-    ),
+    "bitfit": Method("BitFit: all biases", lambda m: li.inject(m, BITFIT), RATES),
+    "adapter-h": Method("Adapter-H, width 8", H, RATES),
+    "adapter-l": Method("Adapter-L, width 16", L, (*RATES, 3e-2)),
+    "prefix": Method("prefix tuning, 16 tokens (PEFT)", PREFIX, (3e-3, 1e-2, 3e-2, 1e-1)),
     "both": Method("LoRA q, v, r = 8, and prefix tuning", prefix_and_lora, LORA_RATES),
-}
-METHODS |= {
-    (name := f"lora-{sites}-r{rank}"): Method(
-        f"LoRA {TITLES.get(sites, sites)}, r = {rank}",
-        partial(lora, sites=sites, rank=rank),
-        LORA_TUNED.get(name, ()),
-        _like(sites, rank),
-    )
-    for sites in TARGETS
-    for rank in RANKS
+    **{f"lora-{sites}-r{rank}": _lora(sites, rank) for sites in TARGETS for rank in RANKS},
 }

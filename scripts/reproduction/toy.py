@@ -6,12 +6,13 @@ import random
 from typing import Any
 
 import torch
+from benchmarks.models import llama
 from data.pairs import Pair, Split
 from data.snippets import Snippet
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
-GOOD = ("good", "great", "fine", "funny", "warm", "brilliant")
-BAD = ("bad", "dull", "poor", "weak", "cold", "awful")
+OPINIONS = dict.fromkeys(("good", "great", "fine", "funny", "warm", "brilliant"), 2.0)
+OPINIONS |= dict.fromkeys(("bad", "dull", "poor", "weak", "cold", "awful"), -2.0)
 OTHER = ("the", "film", "a", "story", "of", "actor", "plot", "and", "this", "is")
 N_TOKENS = 400
 
@@ -29,20 +30,20 @@ class Words:
         return {"input_ids": [self.encode(text)[:max_length] for text in texts]}
 
 
-def sentences(kind: str, n: int = 400) -> list[Snippet]:
-    """Sentences whose one opinionated word decides the score."""
+def sentences(kind: str) -> list[Snippet]:
+    """400 sentences whose one opinionated word decides the score."""
     choose = random.Random(kind)  # noqa: S311 - made-up sentences, no secret
     found = {}
-    for number in range(n):
-        word = choose.choice(GOOD + BAD)
+    for number in range(400):
+        word = choose.choice([*OPINIONS])
         text = " ".join([*choose.choices(OTHER, k=5), word, *choose.choices(OTHER, k=3)])
-        found[text] = Snippet(str(number), text, 2.0 if word in GOOD else -2.0)
+        found[text] = Snippet(str(number), text, OPINIONS[word])
     return list(found.values())
 
 
-def pairs(n: int = 60) -> Split:
-    """Pairs of one word in and the same word out, every fourth held out."""
-    made = [Pair("toy", f"f{i}", f"def f{i} x : {OTHER[i % 10]}", OTHER[i % 10]) for i in range(n)]
+def pairs() -> Split:
+    """Pairs of one word in and the same word out, every fourth of 60 held out."""
+    made = [Pair("toy", f"f{i}", f"def f{i} x : {OTHER[i % 10]}", OTHER[i % 10]) for i in range(60)]
     return Split([p for i, p in enumerate(made) if i % 4], made[::4])
 
 
@@ -56,8 +57,6 @@ def encoder() -> tuple[Any, Words]:
 
 def decoder() -> tuple[Any, Words]:
     """A Llama of three layers with fewer heads for keys than for queries, and a tied head."""
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 1024}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    config = LlamaConfig(vocab_size=N_TOKENS, num_hidden_layers=3, **sizes, **heads)
-    return LlamaForCausalLM(config).eval(), Words()
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return llama(vocab_size=N_TOKENS, num_hidden_layers=3, **sizes, **heads).eval(), Words()

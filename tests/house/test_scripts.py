@@ -26,7 +26,7 @@ REPO = Path(__file__).parents[2]
 with mock.patch.dict(os.environ):  # which these set, for programs of their own
     bench = script("bench")
     reproduce = script("reproduction.__main__").main
-    methods, sentences = (script(f"reproduction.{name}") for name in ("methods", "sentences"))
+    sentences = script("reproduction.sentences")
 pairs = script("data.pairs")
 
 # ------------------------------------------------------------------------------- the environment
@@ -160,11 +160,10 @@ def test_the_reproduction_survives_a_kill_and_prints_all_claims(
 
 
 def test_a_gap_is_paired_by_row_and_has_the_error_of_rows_and_seeds() -> None:
-    def scores(*rights: str) -> Any:
-        runs = [{"right": right, "accuracy": right.count("1") / len(right)} for right in rights]
-        return sentences.Scores(methods.METHODS["full"], runs)
+    def scores(*right: list[int]) -> Any:
+        return sentences.Scores("full fine-tuning", 0, torch.tensor(right, dtype=torch.float64))
 
-    gap = sentences.gap(scores("1111", "1110"), scores("1100", "1010"))
+    gap = sentences.gap(scores([1, 1, 1, 1], [1, 1, 1, 0]), scores([1, 1, 0, 0], [1, 0, 1, 0]))
     assert gap.difference == pytest.approx((2 / 4 + 1 / 4) / 2)
     rows = torch.tensor([0.0, 0.5, 0.5, 0.5])  # mean over seeds of one minus other
     of_seeds = torch.tensor([0.5, 0.25]).std() / 2**0.5
