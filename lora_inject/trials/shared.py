@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from lora_inject.core.functional.factors import Update
 from lora_inject.core.layers.attached import factors_of, held_by
@@ -155,6 +155,29 @@ class TrialRows(Rows):
         return torch.cat([dropped, each[:, own:]], 1).view(x.shape)
 
 
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+def told_by(batch: Any) -> tuple[Any, list[Any]]:
+    """Return what tells a batch from others: all but sizes and values of its rows.
+
+    A forward may compute something else where an entry has another name, is missing, or is a flag.
+
+    Returns:
+        What is compared by value, and what by identity.
+    """
+    leaves, form = tree_flatten(batch)
+    values, objects = [], []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            values.append((leaf.dtype, leaf.dim(), None if leaf.dim() else leaf.item()))
+        elif isinstance(leaf, _PLAIN):
+            values.append((type(leaf), leaf))
+        else:
+            objects.append(leaf)
+    return (repr(form), *values), objects
+
+
 def parts_of(forward: Any) -> list[Any]:
     """Return what tells a forward from others; made anew of the same parts it is the same."""
     if isinstance(forward, partial):
@@ -163,7 +186,8 @@ def parts_of(forward: Any) -> list[Any]:
     code = getattr(forward, "__code__", None)
     if code is None:
         return [forward]
-    held = [getattr(forward, "__self__", None), *(forward.__defaults__ or ())]
+    named = (forward.__kwdefaults__ or {}).values()
+    held = [getattr(forward, "__self__", None), *(forward.__defaults__ or ()), *named]
     return [code, *held, *(cell.cell_contents for cell in forward.__closure__ or ())]
 
 
@@ -172,7 +196,7 @@ class _Known:
     """What was observed of a forward.
 
     Attributes:
-        parts: Of the forward; kept, so that no other object gets the address of one.
+        parts: Of the forward and the batch; kept, so that no other object gets the address of one.
         in_turn: Whether trials run in turn.
         sites: Where those that were looked at have their tensors.
         form: Of the outputs; None before it was seen.
@@ -273,12 +297,10 @@ class Passes:
     ) -> _Known:
         """Return what is known of a forward, after a look at trials on sites that are new."""
         modes = tuple(module.training for module in self._modules)
-        leaves = tree_leaves(of.batch)
-        shapes = tuple(t.dim() for t in leaves if isinstance(t, Tensor))
-        flags = tuple(leaf for leaf in leaves if isinstance(leaf, bool | str))
+        values, objects = told_by(of.batch)
         uneven = len(set(of.lengths.values())) > 1
-        parts = parts_of(forward)
-        key = (*map(id, parts), modes, shapes, flags, uneven)
+        parts = [*parts_of(forward), *objects]
+        key = (*map(id, parts), modes, values, uneven)
         known = self._known.setdefault(key, _Known(parts))
         if len(self._known) > MOST_KNOWN:
             self._known.pop(next(iter(self._known)))
@@ -424,7 +446,8 @@ def _alike(one: Any, other: Any) -> bool:
     if len(mine) != len(its):
         return False
     for a, b in zip(mine, its, strict=True):
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not a.is_floating_point():
+        both = isinstance(a, Tensor) and isinstance(b, Tensor)
+        if not both or not (a.is_floating_point() or a.is_complex()):
             continue
         if a.shape != b.shape or not rows_alike(a, b):
             return False

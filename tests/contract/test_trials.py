@@ -507,28 +507,92 @@ def layers(*between: nn.Module) -> Any:
     return nn.Sequential(nn.Linear(4, 4), *between, nn.Tanh(), nn.Linear(4, 2)).double().train()
 
 
+def told_by_a_closure(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
+    return lambda b: centered_if(mixes, model(b["x"])), {}
+
+
+def told_by_a_default(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
+    return lambda b, *, mixes=mixes: centered_if(mixes, model(b["x"])), {}
+
+
+def told_by_a_flag(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
+    return lambda b: centered_if(b["flag"], model(b["x"])), {"flag": mixes}
+
+
+def told_by_a_number(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
+    return lambda b: centered_if(b["flag"], model(b["x"])), {"flag": int(mixes)}
+
+
+def told_by_a_scalar(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
+    return lambda b: centered_if(b["flag"], model(b["x"])), {"flag": torch.tensor(mixes)}
+
+
+def told_by_a_name(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
+    other = {"negatives" if mixes else "weights": torch.ones(3, 4)}
+    return lambda b: centered_if("negatives" in b, model(b["x"])), other
+
+
+def told_by_what_is_none(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
+    ones = torch.ones(3, 4)
+    other = {"weights": None if mixes else ones, "negatives": ones if mixes else None}
+    return lambda b: centered_if(b["negatives"] is not None, model(b["x"])), other
+
+
+def centered_if(mixes: Any, out: Tensor) -> Tensor:
+    return out - out.mean(0) if mixes else out
+
+
+TOLD = {
+    "a closure": told_by_a_closure,
+    "a default": told_by_a_default,
+    "a flag": told_by_a_flag,
+    "a number": told_by_a_number,
+    "a scalar": told_by_a_scalar,
+    "a name": told_by_a_name,
+    "what is None": told_by_what_is_none,
+}
+
+
 @pytest.mark.filterwarnings("ignore:trials run in turn")
-@pytest.mark.parametrize("told_by", ["closure", "entry"])
-def test_another_closure_of_the_same_code_is_another_forward(told_by: str) -> None:
-    """Of two closures, or flags of a batch, one lets it subtract the mean of the batch."""
+@pytest.mark.parametrize("told_by", TOLD)
+def test_what_may_tell_a_forward_to_mix_rows_is_looked_at_anew(told_by: str) -> None:
+    """From the third step on it subtracts the mean of the batch."""
     model, trials, x = layers(), of_ranks("all-linear"), noise(4, 3, 4)
     running = Trials(model, trials)
-
-    def forward(mixes: bool) -> Callable[[Any], Tensor]:
-        return lambda b: model(b["x"]) - (model(b["x"]).mean(0) if mixes or b["mixes"] else 0)
-
     for step, each in enumerate(x):
-        mixes = step > 1
-        flag = mixes and told_by == "entry"
-        rows = {n: {"x": i * each, "mixes": flag} for i, n in enumerate("ab", 1)}
-        running.step(rows, forward=forward(mixes and told_by == "closure"), loss=square)
+        forward, more = TOLD[told_by](model, step > 1)
+        rows = {n: {"x": i * each, **more} for i, n in enumerate("ab", 1)}
+        running.step(rows, forward=forward, loss=square)
     for i, (name, trial) in enumerate(trials.items()):
         plain = plain_loop(
             layers(), name, trial, [[(1 + i) * each] for each in x], first_square,
-            lambda m, x: m(x) - (m(x).mean(0) if m.mixes else 0),
+            lambda m, x: centered_if(m.mixes, m(x)),
             lambda m, step: setattr(m, "mixes", step > 1),
         )  # fmt: skip
         check_equal(model, plain, name)
+
+
+class Complex(nn.Module):
+    """Rows that meet in the imaginary part of what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.complex(x, x - x.mean(0))
+
+
+def of_parts(_: nn.Module, out: Any, __: Any) -> Tensor:
+    return square(torch.view_as_real(out))
+
+
+@pytest.mark.filterwarnings("ignore:trials run in turn")
+def test_outputs_of_complex_numbers_are_looked_at() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4).double(), Complex())
+
+    def rows(names: Iterable[str], step: int) -> dict[str, Tensor]:
+        return {n: noise(4, 3, 4)[step] * (1 + (n == "b")) for n in names}
+
+    hold(Run(make, of_ranks("0"), rows, of_parts))
 
 
 def test_a_lone_trial_moves_the_statistics_of_batchnorm_as_a_plain_loop_does() -> None:
