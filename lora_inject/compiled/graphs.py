@@ -113,14 +113,15 @@ class ChosenRows(Rows):
             )
         x = layer._lora_input(args, kwargs)
         choice = self.choice.at(x.device)
-        if x.shape[0] not in (choice.shape[0], choice.shape[0] * self.repeat):
+        n = choice.shape[0]
+        if attached.no_rows or x.shape[0] not in (n, n * self.repeat):
             raise self.misfit(layer, x)
-        refuse_ambiguous(layer, x, choice.shape[0], self.repeat)
+        refuse_ambiguous(layer, x, n, self.repeat)
         numbers, adapters = eligible(layer, self.names)
         if not adapters:
             return layer._lora_without_updates(args, kwargs)
         rows = chosen_rows(choice[:, 0], numbers)
-        rows = rows.repeat_interleave(x.shape[0] // choice.shape[0])
+        rows = rows.repeat_interleave(x.shape[0] // n)
         out = base = layer._lora_without_updates(args, kwargs)
         if isinstance(layer, LoRALinear):
             return routed_update(base, x, rows, adapters, float32=attached.float32)

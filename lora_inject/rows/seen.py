@@ -19,10 +19,11 @@ own, and what a model of transformers puts in the place of some tokens, such as 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,7 +36,7 @@ from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.selection import Mix, Selected, in_context
 from lora_inject.core.layers.survey import Survey, evaluating
 from lora_inject.core.roots.root import Root, adapted_modules, root_of
-from lora_inject.core.spec.names import parent
+from lora_inject.core.spec.names import joined, parent
 from lora_inject.errors import LayerError
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
@@ -44,8 +45,6 @@ _Form = tuple[int, bool, bool | None]
 one position; None where it has an axis of positions."""
 _FOLLOWED: WeakKeyDictionary[Attached, set[_Form]] = WeakKeyDictionary()
 """Layers whose first axis was seen to be the rows, for inputs of these forms."""
-_ASKED: WeakKeyDictionary[Attached, bool] = WeakKeyDictionary()
-"""Layers of which no length says anything."""
 _NOTED: WeakKeyDictionary[Root, int] = WeakKeyDictionary()
 """How often adapters had come or gone when the layers of a root were noted."""
 
@@ -123,7 +122,7 @@ class Seen:
             call.positions.add(x.shape[1:-1].numel())
         in_one_axis = x.dim() < (3 if x.is_floating_point() else 2)
         form = (x.dim(), whole, call.single if in_one_axis else None)
-        if attached in _ASKED:
+        if attached.no_rows:
             self.cannot(layer, self.rows.misfit(layer, x))
             return False
         if form not in _FOLLOWED.get(attached, ()):
@@ -154,20 +153,18 @@ class Seen:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Check the calls of a model, and of the root in it, while the body runs."""
+        """Check the calls of a model, or of a part with adapted layers, while the body runs."""
         note_structure(model)
-        injected, root = root_of(model, "routed", whole=False)
-        self._selection = root.selection
-        self._carrying = [attached for _, _, attached in adapted_modules(Survey(injected))]
+        survey = Survey(model)
+        self._selection = root_of(model, "routed", whole=False)[1].selection
+        self._carrying = [attached for _, _, attached in adapted_modules(survey)]
         outer = _WATCHING.get()
-        with ExitStack() as stack:
-            encoder = getattr(injected, "get_encoder", lambda: None)() or model  # by `generate`
-            called = (model, injected, encoder)
-            for module in {id(m): m for m in called}.values():
-                stack.enter_context(_hooked(module))
-            stack.callback(_WATCHING.set, outer)
-            _WATCHING.set(self)
-            yield
+        with _hooked([model, *_around_adapted(survey)]):
+            try:
+                _WATCHING.set(self)
+                yield
+            finally:
+                _WATCHING.set(outer)
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a call."""
@@ -192,7 +189,7 @@ class Seen:
 
         def is_seen(attached: Attached) -> bool:
             known = {each for *_, each in _FOLLOWED.get(attached, ())}
-            return attached not in _ASKED and (known == {None} or single in known)
+            return not attached.no_rows and (known == {None} or single in known)
 
         return single not in self.quiet and not all(map(is_seen, self._carrying))
 
@@ -223,15 +220,15 @@ class Seen:
                     return None
         made = self._by_row({row: run(mix) for row, mix in self.rows.mixes.items()}, call)
         for attached in call.misfits:
-            _ASKED[attached] = True
+            attached.no_rows = True
         return made
 
     def _marks_stay(self, call: _Call, run: Any) -> bool:
         """Whether the rows of another batch, if the module takes it, have their own marks alone."""
         for given in (tree_map(self._other, call.given), call.given):
             try:
-                together = run(_Marked(self.rows), given)
-                alone = {row: run(_Marked(self.rows, row), given) for row in self.rows.mixes}
+                together = run(Marked(self.rows), given)
+                alone = {row: run(Marked(self.rows, row), given) for row in self.rows.mixes}
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # noqa: BLE001, S112 - the module refuses such rows
@@ -311,7 +308,7 @@ class Seen:
         raise LayerError(asked, problem, remedy)
 
 
-class _Marked(Selected):
+class Marked(Selected):
     """Rows, or all rows as one of them, that have marks in the place of adapters.
 
     Args:
@@ -356,9 +353,35 @@ _HOOK: Any = "lora_inject.routed"  # one key, as compiled code looks at it
 _HOOKED: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
 
 
+def _around_adapted(survey: Survey) -> list[nn.Module]:
+    """Return the modules that hold adapted layers, one of which a caller may call by itself."""
+    inside = {name for name, module in survey.named if attached_to(module) is not None}
+    around = {at for name in inside for at in accumulate(name.split(".")[:-1], joined)}
+    return [module for name, module in survey.named if not name or name in around]
+
+
 @contextmanager
-def _hooked(module: nn.Module) -> Iterator[None]:
-    """Let a module tell its calls while the body runs, as `register_forward_hook` does it."""
+def _hooked(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules tell their calls while the body runs, as `register_forward_hook` does it."""
+    mine, hooked = object(), dict.fromkeys(modules)
+    try:
+        for module in hooked:
+            _HOOKED.setdefault(module, set()).add(mine)
+            for table, value in _tables(module):
+                table[_HOOK] = value
+        yield
+    finally:
+        for module in hooked:
+            wanting = _HOOKED.setdefault(module, set())
+            wanting.discard(mine)
+            for table, _ in reversed(_tables(module)) if not wanting else ():
+                table.pop(_HOOK, None)
+            for table, value in _tables(module) if wanting else ():  # another thread came meanwhile
+                table[_HOOK] = value
+
+
+def _tables(module: nn.Module) -> tuple[tuple[dict[Any, Any], Any], ...]:
+    """Return where torch looks for hooks of a module, and what stands there for ours."""
     tables: tuple[tuple[Any, Any], ...] = (
         (module._forward_pre_hooks_with_kwargs, True),
         (module._forward_hooks_with_kwargs, True),
@@ -366,18 +389,7 @@ def _hooked(module: nn.Module) -> Iterator[None]:
         (module._forward_pre_hooks, _before),
         (module._forward_hooks, _after),
     )
-    mine, wanting = object(), _HOOKED.setdefault(module, set())
-    try:
-        wanting.add(mine)
-        for table, value in tables:
-            table[_HOOK] = value
-        yield
-    finally:
-        wanting.discard(mine)
-        for table, _ in reversed(tables) if not wanting else ():
-            table.pop(_HOOK, None)
-        for table, value in tables if wanting else ():  # another thread came meanwhile
-            table[_HOOK] = value
+    return tables
 
 
 def _copied(given: Any) -> Any:
@@ -426,7 +438,7 @@ def note_structure(model: nn.Module) -> None:
     around = tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
     for path, _, attached in adapted_modules(survey):
         if path in picked or (path.startswith(put) and not path.startswith(kept)):
-            _ASKED[attached] = True
+            attached.no_rows = True
         if f"{path}.".startswith(around):
             attached.time_major = True
 

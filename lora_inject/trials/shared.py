@@ -19,7 +19,7 @@ whoever else trains, and in a checkpoint that recomputes, and draws from no gene
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,8 +35,8 @@ from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward
 from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError, StateError
-from lora_inject.rows.by_row import Rows, Taking
-from lora_inject.rows.seen import rows_alike
+from lora_inject.rows.by_row import Rows, Taking, row_of
+from lora_inject.rows.seen import Marked, rows_alike
 from lora_inject.trials.batches import Form, Forward, Joined, joined_batch, leaves_of, n_tokens
 from lora_inject.trials.run import Run, Sites
 
@@ -244,7 +244,7 @@ class Passes:
             group = groups.pop(0)
             of = whole if len(group) == len(batches) else joined_batch(group)
             try:
-                made = self._run(of, forward, known, drops=drops)
+                made = self._pass(of, forward, known, drops=drops)
             except LayerError as error:
                 if len(group) == 1:
                     raise
@@ -267,13 +267,21 @@ class Passes:
             tokens += size
         yield group
 
-    def _run(self, of: Joined, forward: Forward, known: _Known, *, drops: bool) -> Any:
-        """Run the base once, and return its outputs."""
+    def _pass(self, of: Joined, forward: Forward, known: _Known, *, drops: bool) -> Any:
+        """Return the outputs of a pass, in which a base that draws does it by trial."""
         seeds = {n: hash((self.runs[n].trial.seed, self.runs[n].n_passes)) for n in of.sizes}
-        rows = TrialRows(of, seeds if drops else None, self._numbers, known.lengths)
+        rows = self._rows(of, known, seeds if drops else None)
         alone = drops and rows.lone is not None
-        drawing = self._random_kept(*seeds.values()) if alone else nullcontext()
-        with drawing, selecting(self.model, rows, "Trials.step"):
+        with self._random_kept(*seeds.values()) if alone else nullcontext():
+            return self._run(of, forward, rows)
+
+    def _rows(self, of: Joined, known: _Known, seeds: Mapping[str, int] | None = None) -> TrialRows:
+        """Return the rows of a pass; without seeds no dropout acts."""
+        return TrialRows(of, seeds, self._numbers, known.lengths)
+
+    def _run(self, of: Joined, forward: Forward, selected: Selected) -> Any:
+        """Run the base once, and return its outputs."""
+        with selecting(self.model, selected, "Trials.step"):
             return forward(of.batch)
 
     @contextmanager
@@ -328,7 +336,7 @@ class Passes:
         if known.moved is None:
             one = dict([next(iter(batches.items()))])
             with torch.no_grad(), _buffers_kept(self.model) as moved, self._random_kept():
-                self._run(joined_batch(one), forward, known, drops=False)
+                self._pass(joined_batch(one), forward, known, drops=False)
             known.moved = moved
         if known.moved:
             problem = f"its forward moves {known.moved[0]!r} of the base, which all trials share"
@@ -340,60 +348,69 @@ class Passes:
         warnings.warn(f"trials run in turn: {problem}", stacklevel=2)
 
     def _why_not(self, some: Mapping[str, Any], forward: Forward, known: _Known) -> str:
-        """Say why trials cannot share a pass; "" if they can."""
-
-        def run(group: Mapping[str, Any]) -> dict[str, Any]:
-            of = joined_batch(group)
-            whole = self._run(of, forward, known, drops=False)
-            if known.form is None:
-                known.form = Form.seen(whole, alone, of)
-            return known.form.parted(whole, of)
-
-        batches = {name: joined_batch({name: batch}) for name, batch in some.items()}
-        alone = {n: self._run(of, forward, known, drops=False) for n, of in batches.items()}
+        """Say why trials cannot share a pass; "" if each gets in it what it gets alone."""
         try:
-            together = run(some)
-            assert known.form is not None
-            for name in some:
-                if not _alike(together[name], known.form.kept(alone[name])):
-                    return (
-                        f"the rows of {name!r} have other outputs beside those of others: the base "
-                        "mixes rows, draws random numbers, or needs a mask for padding"
-                    )
-                if not self._stays(name, some, run):
-                    return f"the rows of {name!r} have other outputs beside other rows of others"
+            unlike = self._unlike(some, forward, known, marked=False)
+            for short in range(2):
+                unlike = unlike or self._unlike_with(_others(some, short), forward, known)
         except (LoraInjectError, RuntimeError, ValueError) as error:
             return str(error)
-        return ""
+        if unlike is None:
+            return ""
+        return (
+            f"the rows of {unlike!r} have other outputs beside those of others: the base mixes "
+            "rows, draws random numbers, or needs a mask for padding"
+        )
 
-    def _stays(
-        self, name: str, some: Mapping[str, Any], run: Callable[[Mapping[str, Any]], Any]
-    ) -> bool:
-        """Whether a trial's outputs stay beside other rows of others, whose tensors move.
-
-        Its rows are then shorter than the others', which are all one token: one batch for all hides
-        mixing, and experts that pick tokens get other numbers of these. The base may refuse such
-        rows.
-        """
-        others = {other: batch for other, batch in some.items() if other != name}
-        beside = {
-            n: tree_map(_one_token, batch, some[next(iter(others))]) for n, batch in others.items()
-        }
-        moved = [p for other in others for p in self.runs[other].parameters]
-
-        def stays(mine: Any, theirs: Mapping[str, Any]) -> bool:
-            alone = run({name: mine})[name]
-            with _moved(moved):
-                return _alike(run({name: mine, **theirs})[name], alone)
-
-        for mine in (tree_map(_half, some[name]), some[name]):
+    def _unlike_with(
+        self, choices: Sequence[Mapping[str, Any]], forward: Forward, known: _Known
+    ) -> str | None:
+        """Return the same with marks, for the first of some batches that the base takes."""
+        *others, given = choices
+        for batches in others:
             try:
-                return stays(mine, beside)
+                return self._unlike(batches, forward, known, marked=True)
             except LayerError:
                 raise
             except Exception:  # noqa: BLE001, S112 - the base refuses such rows
                 continue
-        return stays(some[name], others)
+        return self._unlike(given, forward, known, marked=True)
+
+    def _unlike(
+        self, batches: Mapping[str, Any], forward: Forward, known: _Known, *, marked: bool
+    ) -> str | None:
+        """Return a trial whose outputs beside the others are not those of its batch alone."""
+        whole = joined_batch(batches)
+        rows, alone = self._rows(whole, known), {}
+        outputs = self._run(whole, forward, Marked(rows) if marked else rows)
+        for name, batch in batches.items():
+            of = joined_batch({name: batch})
+            mine = Marked(rows, row_of(name)) if marked else self._rows(of, known)
+            alone[name] = self._run(of, forward, mine)
+        if known.form is None:
+            known.form = Form.seen(outputs, alone, whole)
+        form, together = known.form, known.form.parted(outputs, whole)
+        return next((n for n in batches if not _alike(together[n], form.kept(alone[n]))), None)
+
+
+def _others(some: Mapping[str, Any], short: int) -> list[Mapping[str, Any]]:
+    """Return other rows of the same sizes, first those that tell most; the given ones last.
+
+    Every second trial has the first token of the next one throughout: one batch for all hides
+    mixing, and experts that pick tokens get other numbers of these. The rows of the rest are
+    shorter. The base may refuse either.
+    """
+    names = [*some]
+
+    def other(i: int, change: Callable[[Any], Any]) -> Any:
+        mine, its = some[names[i]], some[names[(i + 1) % len(names)]]
+        return tree_map(change, mine) if i % 2 == short else tree_map(_one_token, mine, its)
+
+    changes = (_half, lambda leaf: leaf)
+    return [
+        *({name: other(i, change) for i, name in enumerate(names)} for change in changes),
+        some,
+    ]
 
 
 @contextmanager
@@ -408,19 +425,6 @@ def _buffers_kept(model: nn.Module) -> Iterator[list[str]]:
             if not torch.equal(buffer, value):
                 moved.append(name)
             buffer.copy_(value)
-
-
-@contextmanager
-def _moved(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Add 1 to parameters, without a change of their versions."""
-    kept = [(p, p.detach().clone()) for p in parameters]
-    try:
-        for parameter, _ in kept:
-            parameter.data.add_(1.0)
-        yield
-    finally:
-        for parameter, value in kept:
-            parameter.data.copy_(value)
 
 
 def _half(leaf: Any) -> Any:

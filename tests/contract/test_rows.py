@@ -499,6 +499,17 @@ class Positions(nn.Module):
         return self.head(torch.tanh(self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))))
 
 
+class Within(nn.Module):
+    """A module around the start of a decoder, which a caller may call by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.head = Positions(), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.start(ids))
+
+
 class Flattened(nn.Module):
     """Layers that get rows and positions as one axis, as in OPT."""
 
@@ -579,6 +590,20 @@ def test_what_takes_no_rows_computes_each_row_as_alone(case: str) -> None:
     model = of_two(make().double().eval(), *targets, before=x)
     for given in (x, x.flip(0), x):
         check_each_alone(model, ["one", None, "two"], lambda rows, x=given: model(x[rows]))
+
+
+def test_a_part_that_is_called_by_itself_computes_each_row_as_alone() -> None:
+    model = of_two(Within().double().eval(), "all-linear", "wpe")
+    check_each_alone(model, ["one", None, "two"], lambda rows: model.start(SQUARE[rows] % 8))
+    check_each_alone(model, ["one", None, "two"], lambda rows: model.forward(SQUARE[rows] % 8))
+
+
+def test_a_graph_refuses_a_layer_that_was_seen_to_take_no_rows() -> None:
+    model = of_two(Positions().double().eval(), "wte", "wpe")
+    with torch.no_grad(), li.routed(model, ["one", None, "two"]):
+        model(SQUARE[:, :2] % 8)
+        with pytest.raises((li.LayerError, RuntimeError), match="first dimension"):
+            torch.compile(model, backend="eager")(SQUARE % 8)
 
 
 @pytest.mark.recent

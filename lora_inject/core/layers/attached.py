@@ -158,6 +158,7 @@ class Attached:
     old_forward: Any = None  # that of the plain class, as a hook had saved it on the module
     float32 = False  # whether an adapter on the output asks for float32 arithmetic
     time_major = False  # whether its input may have time before batch (`rows.seen`)
+    no_rows = False  # whether no length of its input says that its first axis is the rows
     gains = False  # whether an adapter on the output has a gain
     # Marks of the entries that others read while forwards used them.
     read_from_outside: frozenset[str] = frozenset()
