@@ -225,7 +225,7 @@ class Seen:
 
     def _marks_stay(self, call: _Call, run: Any) -> bool:
         """Whether the rows of another batch, if the module takes it, have their own marks alone."""
-        for given in (tree_map(self._other, call.given), call.given):
+        for given in self._others(call.given):
             try:
                 together = run(Marked(self.rows), given)
                 alone = {row: run(Marked(self.rows, row), given) for row in self.rows.mixes}
@@ -236,9 +236,30 @@ class Seen:
             return call.problem is None and all(
                 self._has(together, row, each) for row, each in alone.items()
             )
-        return True
+        return False
 
-    def _other(self, leaf: Any) -> Any:
+    def _others(self, given: Any) -> Iterator[Any]:
+        """Yield the same tokens at other places: by value, then half a row later, then as given.
+
+        Tokens of one value are then in few rows: what picks them gets an uneven number of each, and
+        those of a picture are not in its row.
+        """
+        plain = [t for t in tree_leaves(given) if self._has_rows(t) and not t.is_complex()]
+        tokens = [t for t in plain if t.dim() > 1 and t.numel()]
+        orders = [t.reshape(t.shape[:2].numel(), -1)[:, 0].argsort(stable=True) for t in tokens]
+        if moving := [order for order in orders if (order[1:] < order[:-1]).any()]:
+            yield tree_map(lambda leaf: self._in_order(leaf, moving[0]), given)
+        yield tree_map(self._later, given)
+        yield given
+
+    def _in_order(self, leaf: Any, order: Tensor) -> Any:
+        """Return the tokens of a batch in another order; other entries as they are."""
+        if not self._has_rows(leaf) or leaf.shape[:2].numel() != len(order):
+            return leaf
+        each = leaf.reshape(len(order), *leaf.shape[2:])
+        return each[order.to(leaf.device)].view_as(leaf)
+
+    def _later(self, leaf: Any) -> Any:
         """Return the same tokens half a row later, the last of a row in the next row."""
         if not self._has_rows(leaf) or leaf.dim() < 2:
             return leaf

@@ -629,6 +629,40 @@ def test_a_row_s_pictures_go_through_its_own_adapter() -> None:
     check_each_alone(model, ["one", "two"], run)
 
 
+class Pictured(nn.Module):
+    """Features of pictures take the places of the tokens 9, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.see, self.head = nn.Embedding(10, 8), nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor, pictures: Tensor) -> Tensor:
+        here = (ids == 9)[..., None]
+        x = self.embed(ids)
+        x = x.masked_scatter(here.expand_as(x), torch.tanh(self.see(pictures)))
+        return self.head(torch.tanh(x + x.cumsum(1)))
+
+
+@pytest.mark.parametrize("at", [slice(1, 5), slice(6, 10)], ids=str)
+def test_pictures_of_which_each_row_had_one_at_first_go_to_their_row(at: slice) -> None:
+    model = of_two(Pictured().double().eval(), "all-linear")
+    pictures = torch.randn(2, 4, 6).double()
+
+    def check(ids: Tensor) -> None:
+        n_before = [int((ids[:i] == 9).sum()) // 4 for i in range(3)]
+
+        def run(rows: list[int]) -> Tensor:
+            own = pictures[n_before[rows[0]] : n_before[rows[-1] + 1]]
+            return model(ids[rows], own)
+
+        check_each_alone(model, ["one", "two"], run)
+
+    of_each, of_first = torch.full((2, 10), 3), torch.full((2, 10), 3)
+    of_each[:, at] = of_first[0, :8] = 9
+    check(of_each)
+    check(of_first)
+
+
 class OneModality(nn.Module):
     """A stack of experts that gets the tokens of one modality, as many or few as a row has."""
 
