@@ -1,8 +1,8 @@
 """A callback that makes runs of transformers' Trainer safe to kill and resume.
 
-Trainer writes its checkpoints through `save_pretrained`, which writes the adapters (`model.
-stand_ins`), and resumes from them. The callback also logs at each save, keeps half-written
-checkpoints from being resumed, and refuses parameters that would not be saved.
+Trainer writes its checkpoints through `save_pretrained`, which writes the adapters (`stand_ins`),
+and resumes from them. The callback also logs at each save, keeps half-written checkpoints from
+being resumed, and refuses parameters that would not be saved.
 """
 
 from __future__ import annotations

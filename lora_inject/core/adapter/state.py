@@ -99,16 +99,16 @@ class AdapterState(Comparable, Shown):
 
         A model with one of them returns NaN.
         """
-        tensors = {
-            f"{role} of site {name!r}": tensor
+        tensors = [
+            (name, f"{role} of site", tensor)
             for name, site in self.sites.items()
             for role, tensor in site.tensors.items()
-        }
-        tensors |= {f"trained tensor {name!r}": tensor for name, tensor in self.trained.items()}
-        if all_finite(*tensors.values()) and not any(t.is_meta for t in tensors.values()):
+        ]
+        tensors += [(name, "trained tensor", tensor) for name, tensor in self.trained.items()]
+        if all_finite(*(t for *_, t in tensors)) and not any(t.is_meta for *_, t in tensors):
             return
-        for name, tensor in tensors.items():
-            where = f"{asked}, {name}" if asked else name
+        for name, what, tensor in tensors:
+            where = f"{asked}, {what} {name!r}" if asked else f"{what} {name!r}"
             if tensor.is_meta:
                 problem = "it is on the meta device and has no values"
                 raise error(where, problem, "Load its values first")

@@ -92,7 +92,8 @@ def put(
         modules = [module for _, module in survey.modules]
         before: Root | None = survey.model.__dict__.get(ROOT)
         kept = () if before is None else (before, before.selection)
-        with all_or_nothing(modules, kept, _may_train(survey, before)) as trained:
+        may_change = _may_train(survey, before if train and alone else None)
+        with all_or_nothing(modules, kept, may_change) as trained:
             root = become_root(survey.model)
             gained = any(place.entry.gained for place in wanted)
             carrying = {id(place.module): place.module for place in wanted}
@@ -100,10 +101,10 @@ def put(
             root.adapters[name] = adapter
             root.n_changes += 1
             root.seen = 0
-            _freeze(survey, root)
+            root.required_grad = [*root.required_grad, *_unfrozen(survey)]
+            for parameter in trained:
+                parameter.requires_grad_(False)
             if train and alone:
-                for parameter in trained:
-                    parameter.requires_grad_(False)
                 root.trainable = set()
             root.selection.add((name,))
             _put_all(wanted, parameters, root.selection)
@@ -115,8 +116,7 @@ def put(
             for library in loaded_libraries():
                 library.after_load(survey, name)
             last()
-        forget_gradients(survey.tensors)
-        forget_gradients(trained if train and alone else ())
+        forget_gradients((*survey.tensors, *trained))
     return adapter
 
 
@@ -155,14 +155,10 @@ def _may_train(survey: Survey, root: Root | None) -> Iterator[nn.Parameter]:
                 yield from entry.trainable(module).values()
 
 
-def _freeze(survey: Survey, root: Root) -> None:
-    """Freeze every base parameter, and remember which ones were not, a tied one at each place."""
+def _unfrozen(survey: Survey) -> list[tuple[nn.Module, str]]:
+    """Return the base parameters that require a gradient, a tied one at each place."""
     held = zip(survey.holders, survey.tensors, strict=True)
-    unfrozen = [(holder, tensor) for holder, tensor in held if tensor.requires_grad]
-    new = [(holder.module, holder.param) for holder, _ in unfrozen]
-    root.required_grad = [*root.required_grad, *new]
-    for _, tensor in unfrozen:
-        tensor.requires_grad_(False)
+    return [(module, key) for (_, module, key), tensor in held if tensor.requires_grad]
 
 
 def _put_all(
