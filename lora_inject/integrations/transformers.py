@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.fingerprint import samples
 from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.layers.library import Library
-from lora_inject.core.layers.survey import Holder, Survey, table_of
+from lora_inject.core.layers.survey import Holder, Survey
 from lora_inject.core.spec.names import around, joined, parent, quoted
 from lora_inject.core.spec.plan import Plan
 
@@ -103,9 +103,9 @@ def _outermost(survey: Survey) -> Iterator[tuple[str, PreTrainedModel]]:
 
 
 def _unmarked_of(survey: Survey, path: str, model: PreTrainedModel) -> Iterator[Holder]:
-    below, heads = f"{path}." if path else "", _output_heads(model)
+    below, heads = f"{path}." if path else "", survey.tables("get_output_embeddings")
     for name, module in survey.modules:
-        if not f"{name}.".startswith(below) or id(module) in heads or not _is_marked(module):
+        if not f"{name}.".startswith(below) or module in heads or not _is_marked(module):
             continue
         for key, tensor in survey.own[id(module)].items():
             holder = Holder(joined(name, key), module, key)
@@ -120,12 +120,6 @@ def _is_marked(of: object) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) is nn.Parameter and tensor.dtype in FLOATS and not tensor.is_meta
-
-
-def _output_heads(model: PreTrainedModel) -> set[int]:
-    """Return the ids of the modules that are output heads over a vocabulary."""
-    heads = (table_of(part, "get_output_embeddings") for part in model.modules())
-    return {id(head) for head in heads if head is not None}
 
 
 def _may_be_missing(model: PreTrainedModel, name: str) -> bool:

@@ -7,7 +7,7 @@ sends every parameter to vLLM as it is: of ours the plain base, and names that v
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 from weakref import WeakSet
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.selection import Mix
-from lora_inject.core.layers.survey import evaluating, memory_of, unwrapped
+from lora_inject.core.layers.survey import evaluating, unwrapped
 from lora_inject.core.model.merge import merged_weights
 from lora_inject.core.roots.root import Injected, entries, root_of
 from lora_inject.core.roots.selecting import check_runs_when_called, selecting
@@ -72,18 +72,15 @@ def sync_merged(trainer: T, *, dequantize: str | None = None) -> T:
 def _weights_for_vllm(model: nn.Module, dequantize: str | None) -> Iterator[tuple[str, Tensor]]:
     """Yield merged weights under the first name of each, as `named_parameters` does."""
     survey = Injected(model, "sync_merged")
-    first: dict[Hashable, str] = {}
-    for holder in survey.holders:
-        first.setdefault(memory_of(holder.tensor), holder.name)
+    again = {name for names in survey.tied.values() for name in names[1:]}
     for item in entries(survey):
         if item.entry.spec is not None and len(survey.sharing(item.weight)) > 1:
             problem = "it is tied to another tensor, and vLLM would give both the same values"
             remedy = "Leave the site out of the adapter, or untie the two"
             raise StateError(f"sync_merged, {item.name!r}", problem, remedy)
-    known = {holder.name: memory_of(holder.tensor) for holder in survey.holders}
     names: Literal["model", "checkpoint"] = "checkpoint" if knows_names(model) else "model"
     for name, tensor in merged_weights(model, dequantize=dequantize, names=names):
-        if first.get(known.get(name), name) == name:
+        if name not in again:
             yield name, tensor
 
 

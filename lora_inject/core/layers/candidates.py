@@ -7,7 +7,6 @@ be linear in W, else by its weight, or not at all, for a reason that is said wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from lora_inject.core.layers.library import (
     reason_against,
 )
 from lora_inject.core.layers.mixtures import is_transposed, with_mixtures
-from lora_inject.core.layers.survey import Survey, memory_of, table_of
+from lora_inject.core.layers.survey import Survey, memory_of
 from lora_inject.core.layers.swap import OLD_FORWARD, is_of_class
 from lora_inject.core.layers.weight_kinds import dtype_name, is_quantized
 from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
@@ -30,7 +29,6 @@ from lora_inject.core.spec.names import is_bias, joined, parent
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.core.spec.variants import Shape
 
-_HEAD = "get_output_embeddings"
 _WRITES = "max_norm"  # of an embedding
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -97,7 +95,7 @@ class _Listing:
             others=self.others,
             parameters=self.parameters,
             aliases=self.aliases,
-            heads=tuple(dict.fromkeys(self._heads())),
+            heads=tuple(survey.paths[id(head)] for head in survey.tables("get_output_embeddings")),
             buffers=tuple(joined(n, key) for n, m in survey.modules for key in m._buffers),
         )
 
@@ -110,15 +108,6 @@ class _Listing:
             for alias in self._further(holder.module):
                 first[joined(alias, holder.param)] = first.get(holder.name, holder.name)
         return first
-
-    def _heads(self) -> Iterator[str]:
-        """Yield the names of the output heads that models and parts of them state."""
-        stating = {cls for cls in self.classes if hasattr(cls, _HEAD)}
-        for _, module in self.survey.modules:
-            if type(module) in stating or _HEAD in module.__dict__:
-                head = table_of(module, _HEAD)
-                if head is not None and id(head) in self.survey.paths:
-                    yield self.survey.paths[id(head)]
 
     def _mixtures(self) -> tuple[Mixture, ...]:
         """Return the blocks that route tokens; without lists and stacks there are none."""

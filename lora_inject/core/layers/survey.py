@@ -167,6 +167,19 @@ class Survey:
         several = ((memory, held) for memory, held in self._by_memory.items() if len(held) > 1)
         return {memory: [holder.name for holder in held] for memory, held in several}
 
+    def tables(self, *getters: str) -> list[nn.Module]:
+        """Return the tables over a vocabulary that the model and its parts name; see `table_of`."""
+        tables: dict[nn.Module, None] = {}
+        classes = {type(module) for _, module in self.modules}
+        for getter in getters:
+            stating = {cls for cls in classes if hasattr(cls, getter)}
+            for _, module in self.modules:
+                if type(module) in stating or getter in module.__dict__:
+                    table = table_of(module, getter)
+                    if table is not None and id(table) in self.paths:
+                        tables[table] = None
+        return list(tables)
+
     def at(self, name: str) -> Holder:
         """Return the place of a base tensor by any of its names."""
         owner, _, key = name.rpartition(".")

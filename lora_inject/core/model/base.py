@@ -25,7 +25,7 @@ from lora_inject.core.adapter.fingerprint import (
 from lora_inject.core.adapter.site_state import FLOATS
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.library import described, loaded_libraries
-from lora_inject.core.layers.survey import Survey, table_of
+from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.weight_kinds import whole
 from lora_inject.core.spec.names import joined
 from lora_inject.errors import FormatError
@@ -143,14 +143,11 @@ def _fingerprint_here(
 
 def _vocabulary(survey: Survey) -> set[str]:
     """Return all names of the tables and heads over a vocabulary, which is resized at times."""
-    names: set[str] = set()
-    for _, module in survey.modules:
-        for getter in ("get_input_embeddings", "get_output_embeddings"):
-            table = table_of(module, getter)
-            if table is not None and (path := survey.paths.get(id(table))) is not None:
-                for key in survey.own[id(table)]:
-                    names |= {*survey.names_of(joined(path, key))}
-    return names
+    tables = survey.tables("get_input_embeddings", "get_output_embeddings")
+    own = (
+        joined(survey.paths[id(table)], key) for table in tables for key in survey.own[id(table)]
+    )
+    return {name for each in own for name in survey.names_of(each)}
 
 
 def _new_weights(survey: Survey) -> set[str]:
