@@ -322,12 +322,16 @@ COMPUTED: dict[str, Any] = {
     "renamed": lambda a: li.algebra.rename(li.algebra.rename(a, lambda n: f"x.{n}"), {"x": ""}),
     "truncated": lambda a: li.truncate(a, rank=2).state,
     "added": lambda a: a + a,
+    "split and joined": lambda a: li.algebra.join(
+        li.algebra.split(a, r"blocks\.0\.0"), "0", {"q": 2, "k": 3}
+    ),
 }
 
 
 @pytest.mark.parametrize("how", COMPUTED)
 def test_what_is_computed_of_a_shared_layers_adapter_goes_to_each_of_its_names(how: str) -> None:
-    model, x = fill(li.inject(Twice(), {**CONFIG, "targets": ["a"]})), torch.randn(2, 5)
+    rule = {"match": r"blocks\.0\.0", "slices": {"q": 2, "k": 3}, "adapt": ["q", "k"]}
+    model, x = fill(li.inject(Twice(), {**CONFIG, "targets": [rule]})), torch.randn(2, 5)
     made = COMPUTED[how](li.adapter_state(model))
     one, several = (li.install(Twice(shared), made)(x) for shared in (True, False))
     assert error(one, several) < TOLERANCE[torch.float32] < error(one, Twice()(x))

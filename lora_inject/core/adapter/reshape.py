@@ -20,8 +20,23 @@ from lora_inject.errors import StateError
 
 
 def renamed(spec: SiteSpec, name: str) -> SiteSpec:
-    """Return the site under another name, with its weight under the same new name."""
-    return spec.at(name, name + spec.weight.removeprefix(spec.name))
+    """Return the site under another name, its weight and the layer's further names likewise.
+
+    What is new at the end of its name is new at the end of the others.
+    """
+    old, new = spec.name.split("."), name.split(".")
+    while old and new and old[0] == new[0]:
+        del old[0], new[0]
+    further = [alias.split(".") for alias in spec.aliases]
+    heads = [parts[: -len(old)] for parts in further if old and parts[-len(old) :] == old]
+    aliases = tuple(".".join([*head, *new]) for head in heads)
+    return spec.at(name, name + spec.weight.removeprefix(spec.name), aliases)
+
+
+def _further_names(specs: Sequence[SiteSpec], name: str) -> tuple[str, ...]:
+    """Return the further names of what sites are joined to: those that all of them have."""
+    each = [renamed(spec, name).aliases for spec in specs]
+    return tuple(alias for alias in each[0] if all(alias in other for other in each))
 
 
 def _resized(spec: SiteSpec, name: str, width: int) -> SiteSpec:
@@ -72,6 +87,7 @@ def join_sites(
     specs = [replace(members[part].spec, out_features=width) for part in parts]
     check_alike(specs, [repr(spec.name) for spec in specs], asked)
     fused = _resized(first, name, sum(sizes.values()))
+    fused = fused.at(name, fused.weight, _further_names(specs, name))
     terms = []
     for part in parts:
         spec, slices = members[part].spec, Slices(tuple(sizes.items()), (part,))
@@ -103,8 +119,7 @@ def split_stack(site: SiteState) -> dict[str, SiteState]:
     for place, expert in enumerate(_chosen(spec)):
         name = joined(parent(spec.name), f"{expert}.{leaf(spec.name)}")
         made = replace(
-            spec,
-            name=name,
+            renamed(spec, name),
             weight=f"{name}.weight",
             kind="conv1d" if spec.transposed else "linear",
             weight_shape=spec.weight_shape[1:],
@@ -112,7 +127,6 @@ def split_stack(site: SiteState) -> dict[str, SiteState]:
             only=None,
             share="",
             update="forward",
-            aliases=(),
         )
         own = {r: t[0 if spec.share == r[0] else place] for r, t in site.tensors.items()}
         sites[name] = SiteState.of(made, own)
@@ -165,7 +179,7 @@ def join_stack(name: str, members: Mapping[int, SiteState], n: int, asked: str) 
         experts=n,
         scaling="standard",
         update="weight",
-        aliases=(),
+        aliases=_further_names(specs, name),
     )
     of_each = {e: gathered([(site, 1.0)], dtype, first.scale) for e, site in members.items()}
     rank = max(left.shape[2] for parts in of_each.values() for _, left, _ in parts)
