@@ -27,8 +27,9 @@ from lora_inject.core.layers.attached import factors_of, held_by
 from lora_inject.core.layers.kinds import LoRAEmbedding, LoRALinear
 from lora_inject.core.layers.selection import SELECTIONS, Mix, Selected, alive
 from lora_inject.core.layers.sending import sent
-from lora_inject.rows.by_row import Rows, routed_update, stacked
-from lora_inject.rows.seen import refuse_ambiguous
+from lora_inject.rows.bank import routed_update, stacked
+from lora_inject.rows.by_row import Rows
+from lora_inject.rows.seen import Routed, refuse_ambiguous
 
 # dynamo before 2.9 cannot follow the search for the adapter that has the gain.
 GRAPHS_HAVE_GAINS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
@@ -98,7 +99,7 @@ class ChosenRows(Rows):
     def __init__(self, rows: Rows, devices: Iterable[torch.device]) -> None:
         super().__init__([dict(row) for row in rows.rows], rows.repeat)
         self.of, self.asked = rows, rows.asked
-        self.are_data = type(rows) is Rows and not rows.are_mixed
+        self.are_data = isinstance(rows, Routed) and not rows.are_mixed
         if self.are_data:
             pairs = [(number_of(row[0][0]), 1.0) if row else (-1, 1.0) for row in rows.rows]
             self.choice = Choice(pairs, devices)

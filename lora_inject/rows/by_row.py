@@ -1,37 +1,30 @@
 """An adapter for each row of a batch, as a way of taking part.
 
 A linear layer whose adapters only add to its output gets them by row, from a bank. Any other layer
-runs once for each adapter, on the rows of that adapter. Where a layer's first axis is not known to
-be the rows, the whole batch runs under each adapter (`rows.seen`).
-
-In the bank adapters are stacked, and updates are gathered by row, so the cost does not grow with
-the number of adapters (Punica, arXiv:2310.18547, has the same idea as a GPU kernel). A row uses the
-factors of its own adapter only, so NaN in another adapter does not reach it. Nothing is kept from
-one forward to the next, because fused optimizers write tensors without a change of their versions.
+runs once for each adapter, on the rows of that adapter. That a layer's first axis is the rows is
+seen by whoever gives the batch: `rows.seen`, `trials.shared`. Both do it with marks in the place of
+adapters, as new ones add nothing yet.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lora_inject.core.functional.factors import Update, cast, compute_dtype, without_autocast
+from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.lazy import lazy_weight
-from lora_inject.core.functional.plain_operations import spread
-from lora_inject.core.functional.torch_inside import runs_plainly
 from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
 from lora_inject.core.layers.kinds import LoRALinear
 from lora_inject.core.layers.selection import Mix, Selected, in_context
 from lora_inject.core.layers.sending import queue_of, sent
 from lora_inject.errors import LayerError
-from lora_inject.rows.seen import Seen, refuse_ambiguous
+from lora_inject.rows.bank import routed_update
 
 Row = tuple[tuple[str, float], ...]
 """What takes part in a row: adapters with their weights; none for the base."""
@@ -80,7 +73,6 @@ class Rows(Selected):
     def __init__(self, rows: Sequence[str | Mapping[str, float] | None], repeat: int = 1) -> None:
         self.rows, self.repeat = tuple(map(row_of, rows)), repeat
         self.names = dict.fromkeys((name for row in self.rows for name, _ in row), 1.0)
-        self.seen = Seen(self)
         self.mixes = {row: Mix(dict(row)) for row in dict.fromkeys(self.rows)}
         self._taking: dict[Any, Taking] = {}
         self._blocks: dict[Any, tuple[Tensor, bool]] = {}
@@ -115,7 +107,7 @@ class Rows(Selected):
             problem = "one weight is read for the whole batch, and its rows have their own"
             asked = f"{self.asked}, reading {param!r} of a {type(layer).__name__}"
             remedy = "Leave this layer out of adapters that are routed"
-            self.seen.cannot(layer, LayerError(asked, problem, remedy))
+            self.cannot(layer, LayerError(asked, problem, remedy))
 
         return lazy_weight(raw, (), used=used)
 
@@ -142,24 +134,25 @@ class Rows(Selected):
 
     def number_of_rows(self, layer: Any, x: Tensor) -> int | None:
         """Return how long the first axis of an input is; None if that is not the rows."""
+        del layer
         n, length = len(self.rows), x.shape[0] if x.dim() else 0
-        if length in (n, n * self.repeat):
-            refuse_ambiguous(layer, x, n, self.repeat)
-            return length
-        fits = length and length % n == 0 and self.seen.are_positions(layer, length // n)
-        return length if fits else None
+        return length if length in (n, n * self.repeat) else None
 
     def rows_first(self, layer: Any, x: Tensor) -> int | None:
         """Return the same of an input whose rows can be told; None if the batch must run apart.
 
         Raises:
-            LayerError: It must, and the module that the batch was given to is not known.
+            LayerError: It must, and nobody can run it again.
         """
         count = self.number_of_rows(layer, x)
         if count is None:
-            self.seen.cannot(layer, self.misfit(layer, x))
-            return None
-        return count if self.seen.asks(layer, x) else None
+            self.cannot(layer, self.misfit(layer, x))
+        return count
+
+    def cannot(self, layer: Any, problem: LayerError) -> None:
+        """Note that the rows of a layer cannot be told, or raise."""
+        del layer
+        raise problem
 
     def misfit(self, layer: Any, *values: Any) -> LayerError:
         """Return what to say of what a layer gets or returns, where the rows cannot be told."""
@@ -208,7 +201,7 @@ class Rows(Selected):
         counts = {self.number_of_rows(layer, t) for t in tensors}
         if len(counts) != 1 or None in counts:
             wrong = [t for t in tensors if self.number_of_rows(layer, t) is None]
-            self.seen.cannot(layer, self.misfit(layer, *(wrong or given)))
+            self.cannot(layer, self.misfit(layer, *(wrong or given)))
             return self.run(layer, _BASE, args, kwargs)
         if (count := self.rows_first(layer, tensors[0])) is None:
             return self.run(layer, _BASE, args, kwargs)
@@ -229,7 +222,7 @@ class Rows(Selected):
                 t is None and leaf is not None for t, leaf in zip(split, leaves, strict=True)
             )
             if mixed or not leaves:
-                self.seen.cannot(layer, self.misfit(layer, *(leaves or given)))
+                self.cannot(layer, self.misfit(layer, *(leaves or given)))
                 return self.run(layer, _BASE, args, kwargs)
             outputs.append(split)
         whole = [
@@ -298,122 +291,41 @@ def _by_row(t: Any, n: int) -> Tensor | None:
     return torch.unflatten(t, 0, (n, -1))
 
 
-def routed_update(
-    y: Tensor,
-    x: Tensor,
-    places: Tensor,
-    adapters: Sequence[Sequence[Update]],
-    *,
-    float32: bool,
-    in_order: bool = False,
-) -> Tensor:
-    """Add to each row of a batch the update of its own adapter.
+class Marked(Selected):
+    """Rows, or all rows as one of them, that have marks in the place of adapters.
 
     Args:
-        y: `(batch, ..., out)`.
-        x: `(batch, ..., in)`.
-        places: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter. Fewer
-            stand for as many equal runs of rows.
-        adapters: The updates of each adapter, of any ranks.
-        float32: Keep the arithmetic in float32 over a 16-bit base.
-        in_order: Whether the places are 1, 2, ... to the number of adapters: none is gathered.
-
-    Returns:
-        `(batch, ..., out)`, in the dtype of `y`. Rows of the base keep their bits.
-
-    Examples:
-        >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
-        >>> y, x = torch.zeros(2, 1, 6), torch.randn(2, 1, 4)
-        >>> adapters = [[Update(A, B, 0.5)]]
-        >>> routed = routed_update(y, x, torch.tensor([1, 0]), adapters, float32=False)
-        >>> torch.allclose(routed[0], 0.5 * x[0] @ A.T @ B.T, atol=1e-6), bool(routed[1].any())
-        (True, False)
+        rows: Who takes part.
+        only: The only row.
     """
-    with without_autocast(y) or nullcontext():
-        dtype = compute_dtype(y.dtype, float32)
-        A, B_T, scale = stacked(adapters, y.shape[-1], dtype, base=not in_order)
-        if not in_order:
-            A, B_T = A.index_select(0, places), B_T.index_select(0, places)
-        x3 = x.reshape(places.shape[0], -1, x.shape[-1])
-        y3 = cast(y.reshape(places.shape[0], -1, y.shape[-1]), dtype)
-        x3 = _routed_dropout(x3, places, [updates[0].dropout for updates in adapters])
-        h = _thin(x3, A)
-        return cast(torch.baddbmm(y3, h, B_T, alpha=scale), y.dtype).view(y.shape)
 
+    def __init__(self, rows: Rows, only: Row | None = None) -> None:
+        self.rows, self.names = rows, rows.names
+        numbers = {row: number for number, row in enumerate(rows.mixes, 1)}
+        self.marks = [numbers[row] for row in (rows.rows if only is None else (only,))]
 
-def _thin(x3: Tensor, A: Tensor) -> Tensor:
-    """Return `x A^T` in the dtype of A; backward keeps a narrower x as it is, and no wide copy."""
-    if x3.dtype == A.dtype or not runs_plainly() or not torch.is_grad_enabled():
-        return torch.bmm(x3.to(A.dtype), A.mT)
-    output: Tensor = _Widened.apply(x3, A)  # type: ignore[no-untyped-call]
-    return output
+    def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a layer without adapters, and mark what it gives for each row."""
+        made = layer._lora_mixed(Mix(), args, kwargs)
+        if not self.rows.taking(layer).entries:
+            return made
+        first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        if len(self.marks) > 1 and self.rows.rows_first(layer, first) is None:
+            return made
+        return tree_map(self._marked, made)
 
+    def read(
+        self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
+    ) -> Any:
+        """Return the plain parameter."""
+        del layer, param, entries, outside
+        return raw
 
-class _Widened(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x3: Tensor, A: Tensor) -> Tensor:
-        ctx.save_for_backward(x3, A)
-        return torch.bmm(x3.to(A.dtype), A.mT)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x3, A = ctx.saved_tensors
-        of_x, of_A = ctx.needs_input_grad
-        return (
-            torch.bmm(g, A).to(x3.dtype) if of_x else None,
-            torch.bmm(g.mT, x3.to(A.dtype)) if of_A else None,
-        )
-
-
-def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Tensor:
-    """Drop elements of each row with its adapter's probability."""
-    if not any(dropouts):
-        return x3
-    # Filled on the device: a tensor of Python numbers would be copied there in each forward.
-    p = torch.stack([x3.new_full((), p) for p in (0.0, *dropouts)]).index_select(0, places)
-    p = p.view(-1, 1, 1)
-    return x3 * (torch.rand_like(x3) >= p) / (1 - p)
-
-
-def stacked(
-    adapters: Sequence[Sequence[Update]],
-    out: int,
-    dtype: torch.dtype,
-    *,
-    base: bool = False,
-) -> tuple[Tensor, Tensor, float]:
-    """Stack adapters as A and B^T, `(n, R, in)` and `(n, R, out)`, and return their scale.
-
-    Spans are included, and smaller ranks are padded with zeros; with `base` zeros come before the
-    first, for no adapter. With the rank as rows both lie as products of batches want them: over
-    a float32 base a token of 16 rows took 12 times as long with a stack of B, on one CPU.
-    """
-    As, Bs, scales = map(list, zip(*(_one_pair(us, out, dtype) for us in adapters), strict=True))
-    scale = scales[0]
-    if any(other != scale for other in scales):
-        Bs, scale = [B * own for B, own in zip(Bs, scales, strict=True)], 1.0
-    rank = max(A.size(0) for A in As)
-    # Cast as a stack: that is one launch for any number of adapters.
-    A = _stacked(As, rank, base=base).to(dtype)
-    return A, _stacked([B.t() for B in Bs], rank, base=base).to(dtype), scale
-
-
-def _stacked(factors: Sequence[Tensor], rank: int, *, base: bool) -> Tensor:
-    """Stack factors `(r, width)` with zeros behind each, up to a rank, and first for the base."""
-    zeros = factors[0].new_zeros(rank, factors[0].size(1))
-    pieces = [zeros] if base else []
-    for factor in factors:
-        pieces += [factor, zeros[len(factor) :]] if len(factor) < rank else [factor]
-    return torch.cat(pieces).view(-1, *zeros.shape)
-
-
-def _one_pair(
-    updates: Sequence[Update], out: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, float]:
-    """Return `A (R, in)`, `B (out, R)` and a scale, as one plain pair that equals all updates."""
-    if len(updates) == 1 and updates[0].spans is None:
-        u = updates[0]
-        return u.A, u.B, u.scale
-    As = [u.A.to(dtype) for u in updates]
-    Bs = [spread(u.B.to(dtype) * u.scale, u.spans, out) for u in updates]
-    return torch.cat(As), torch.cat(Bs, dim=1), 1.0
+    def _marked(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or not leaf.is_floating_point():
+            return leaf
+        axis = torch.arange(1, leaf.shape[-1] + 1 if leaf.dim() > 1 else 2, device=leaf.device)
+        each = torch.tensor(self.marks, device=leaf.device)
+        marks = 1 + 0.5 * torch.outer(each, axis).sin().to(leaf.dtype)
+        split = torch.unflatten(leaf, 0, (len(self.marks), -1))
+        return (split * marks.view(len(marks), *[1] * (split.dim() - 2), -1)).flatten(0, 1)

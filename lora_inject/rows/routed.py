@@ -11,7 +11,7 @@ from lora_inject.core.functional.torch_inside import coroutine_enters
 from lora_inject.core.roots.root import check_names, root_of
 from lora_inject.core.roots.selecting import check_mixes, context, selecting, weights_of
 from lora_inject.errors import StateError, article, check_type
-from lora_inject.rows.by_row import Rows
+from lora_inject.rows.seen import Routed
 
 
 def routed(
@@ -68,16 +68,16 @@ def routed(
     if not rows or type(repeat) is not int or repeat < 1:
         given = f"got {len(rows)} rows and repeat={repeat!r}"
         raise StateError("routed()", given, "Give one adapter for each row, and a whole repeat")
-    return _routed(model, Rows(rows, repeat))
+    return _routed(model, Routed(rows, repeat))
 
 
 @context
-def _routed(model: nn.Module, rows: Rows) -> Generator[None, None, None]:
+def _routed(model: nn.Module, rows: Routed) -> Generator[None, None, None]:
     """Check the names of rows, and run the body with them."""
     check_names(root_of(model, "routed", whole=False)[1], rows.names, "routed to")
     for row, mix in rows.mixes.items():
         if len(row) > 1 or any(weight != 1.0 for _, weight in row):
             check_mixes(model, mix.names)
     waits = coroutine_enters()
-    with selecting(model, rows, "routed", waits=waits), rows.seen.watching(model):
+    with selecting(model, rows, "routed", waits=waits), rows.watching(model):
         yield

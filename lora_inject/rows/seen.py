@@ -19,7 +19,7 @@ own, and what a model of transformers puts in the place of some tokens, such as 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,11 +33,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.core.layers.candidates import inventory
-from lora_inject.core.layers.selection import Mix, Selected, in_context
+from lora_inject.core.layers.selection import Selected, in_context
 from lora_inject.core.layers.survey import Survey, evaluating
 from lora_inject.core.roots.root import Root, adapted_modules, root_of
 from lora_inject.core.spec.names import joined, parent
 from lora_inject.errors import LayerError
+from lora_inject.rows.by_row import Marked, Row, Rows
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 _Form = tuple[int, bool, bool | None]
@@ -53,7 +54,7 @@ _NOTED: WeakKeyDictionary[Root, int] = WeakKeyDictionary()
 class _Call:
     """One call of a module with a batch."""
 
-    seen: Seen
+    routed: Routed
     module: nn.Module
     given: tuple[Any, Any]
     copied: bool
@@ -66,7 +67,7 @@ class _Call:
 
 
 _OPEN: ContextVar[_Call | None] = ContextVar("lora_inject_routed_call", default=None)
-_WATCHING: ContextVar[Seen | None] = ContextVar("lora_inject_routed", default=None)
+_WATCHING: ContextVar[Routed | None] = ContextVar("lora_inject_routed", default=None)
 
 
 # Functions without a closure, so that compiled code is the same whatever is routed. Another thread
@@ -74,11 +75,11 @@ _WATCHING: ContextVar[Seen | None] = ContextVar("lora_inject_routed", default=No
 def _before(module: nn.Module, args: Any, kwargs: Any = None) -> None:
     if torch.compiler.is_compiling():
         return
-    call, seen = _OPEN.get(), _WATCHING.get()
+    call, routed = _OPEN.get(), _WATCHING.get()
     if call is not None:
         call.depth += call.module is module
-    elif seen is not None:
-        seen.begin(module, args, kwargs or {})
+    elif routed is not None:
+        routed.begin(module, args, kwargs or {})
 
 
 def _after(module: nn.Module, *rest: Any) -> Any:
@@ -92,48 +93,66 @@ def _after(module: nn.Module, *rest: Any) -> Any:
         return None
     call.depth = 1  # while it is checked
     try:
-        return call.seen.end(call, rest[-1])
+        return call.routed.end(call, rest[-1])
     finally:
         _OPEN.set(None)
 
 
-class Seen:
-    """What is seen of the calls under one `routed`.
+class Routed(Rows):
+    """The adapters of the rows of the calls under one `routed`."""
 
-    Args:
-        rows: Who takes part.
-    """
+    asked = "routed()"
 
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
+    def __init__(self, rows: Sequence[str | Mapping[str, float] | None], repeat: int = 1) -> None:
+        super().__init__(rows, repeat)
         # Whether the last call asked nothing, where each row is one position and where it is not:
         # what the next one gets is then not copied.
         self.quiet: set[bool] = set()
 
     # ------------------------------------------------------------------------------ asked by layers
 
-    def asks(self, layer: Any, x: Tensor) -> bool:
+    def number_of_rows(self, layer: Any, x: Tensor) -> int | None:
+        """Return how long the first axis of an input is; None if that is not the rows."""
+        length = super().number_of_rows(layer, x)
+        if length is not None:
+            refuse_ambiguous(layer, x, len(self.rows), self.repeat)
+            return length
+        each, rest = divmod(x.shape[0] if x.dim() else 0, len(self.rows))
+        return x.shape[0] if each and not rest and self._are_positions(layer, each) else None
+
+    def rows_first(self, layer: Any, x: Tensor) -> int | None:
+        """Return the same of an input whose rows can be told; None if the batch must run apart.
+
+        Raises:
+            LayerError: It must, and the module that the batch was given to is not known.
+        """
+        count = super().rows_first(layer, x)
+        return count if count is None or self._asks(layer, x) else None
+
+    def _asks(self, layer: Any, x: Tensor) -> bool:
         """Note that a layer takes the first axis for the rows; return False if it never is."""
         attached, call = layer._lora, _OPEN.get()
-        if call is None or len(self.rows.mixes) == 1:
+        if len(self.mixes) == 1:
+            return True
+        if attached.no_rows:
+            self.cannot(layer, self.misfit(layer, x))
+            return False
+        if call is None:  # the layer by itself
             return True
         whole = self._has_rows(x)
         if whole and x.dim() > 2:
             call.positions.add(x.shape[1:-1].numel())
         in_one_axis = x.dim() < (3 if x.is_floating_point() else 2)
         form = (x.dim(), whole, call.single if in_one_axis else None)
-        if attached.no_rows:
-            self.cannot(layer, self.rows.misfit(layer, x))
-            return False
         if form not in _FOLLOWED.get(attached, ()):
             call.guessed.add((attached, form))
         return True
 
-    def are_positions(self, layer: Any, n: int) -> bool:
+    def _are_positions(self, layer: Any, n: int) -> bool:
         """Return whether so many tokens for each row may be all positions of the batch."""
         call = _OPEN.get()
         if call is not None:
-            return n in call.positions or n / self.rows.repeat in call.positions
+            return n in call.positions or n / self.repeat in call.positions
         followed = any(not whole for _, whole, _ in _FOLLOWED.get(layer._lora, ()))
         return followed or hasattr(layer, "_is_expert_parallel")  # a stack, by transformers
 
@@ -168,7 +187,7 @@ class Seen:
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a call."""
-        if self._selection.current() is self.rows:
+        if self._selection.current() is self:
             positions = self._positions((args, kwargs))
             copied = self._copies(single := 1 in positions)
             given = _copied((args, kwargs)) if copied else (args, kwargs)
@@ -204,21 +223,21 @@ class Seen:
         if not call.copied and not all(isinstance(x, _PLAIN) for x in tree_leaves(call.given)):
             self._raise(call, "the cache of the call has changed")
 
-        def run(which: Any, given: Any = call.given) -> Any:
+        def run(which: Selected, given: Any = call.given) -> Any:
             args, kwargs = _copied(given)
             with in_context({self._selection: which}):
                 return call.module(*args, **kwargs)
 
         if call.problem is None:
             with torch.no_grad(), evaluating(call.module) as changed:
-                together = run(self.rows) if changed else output
-                adapted = [(row, mix) for row, mix in self.rows.mixes.items() if row]
+                together = run(self) if changed else output
+                adapted = [(row, mix) for row, mix in self.mixes.items() if row]
                 alike = all(self._has(together, row, run(mix)) for row, mix in adapted)
                 if alike and self._marks_stay(call, run):
                     for attached, form in call.guessed:
                         _FOLLOWED.setdefault(attached, set()).add(form)
                     return None
-        made = self._by_row({row: run(mix) for row, mix in self.rows.mixes.items()}, call)
+        made = self._by_row({row: run(mix) for row, mix in self.mixes.items()}, call)
         for attached in call.misfits:
             attached.no_rows = True
         return made
@@ -227,8 +246,8 @@ class Seen:
         """Whether the rows of another batch, if the module takes it, have their own marks alone."""
         for given in self._others(call.given):
             try:
-                together = run(Marked(self.rows), given)
-                alone = {row: run(Marked(self.rows, row), given) for row in self.rows.mixes}
+                together = run(Marked(self), given)
+                alone = {row: run(Marked(self, row), given) for row in self.mixes}
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # noqa: BLE001, S112 - the module refuses such rows
@@ -265,20 +284,20 @@ class Seen:
             return leaf
         return leaf.flatten(0, 1).roll((leaf.shape[1] + 1) // 2, 0).view_as(leaf)
 
-    def _has(self, together: Any, row: Any, alone: Any) -> bool:
+    def _has(self, together: Any, row: Row, alone: Any) -> bool:
         """Return whether the rows of one mix are what it gives alone."""
-        number, n_compared = [*self.rows.mixes].index(row), 0
+        number, n_compared = [*self.mixes].index(row), 0
         for mine, its in zip(tree_leaves(together), tree_leaves(alone), strict=True):
             alike = isinstance(its, Tensor) and self._has_rows(mine) and its.shape == mine.shape
             if not alike:
                 continue
-            index = self.rows.index(len(mine), mine.device)[0][number][1]
+            index = self.index(len(mine), mine.device)[0][number][1]
             n_compared += 1
             if not rows_alike(mine.index_select(0, index), its.index_select(0, index)):
                 return False
         return n_compared > 0
 
-    def _by_row(self, outputs: dict[Any, Any], call: _Call) -> Any:
+    def _by_row(self, outputs: Mapping[Row, Any], call: _Call) -> Any:
         """Return outputs in which each row is that of the run under its own adapter."""
         trees = {row: tree_flatten(output) for row, output in outputs.items()}
         (first, form), *_ = trees.values()
@@ -298,7 +317,7 @@ class Seen:
             if not self._has_rows(one):
                 alike = all(torch.equal(one, other) for other in values[1:])
                 return one if alike else None
-            each, order = self.rows.index(len(one), one.device)
+            each, order = self.index(len(one), one.device)
             both = zip(values, each, strict=True)
             parts = [value.index_select(0, index) for value, (_, index) in both]
             return torch.cat(parts).index_select(0, order)
@@ -316,57 +335,17 @@ class Seen:
 
     def _has_rows(self, leaf: Any) -> bool:
         """Whether the first axis of a tensor is as long as the rows."""
-        n = len(self.rows.rows)
+        n = len(self.rows)
         several = isinstance(leaf, Tensor) and leaf.dim() > 0
-        return several and leaf.shape[0] in (n, n * self.rows.repeat)
+        return several and leaf.shape[0] in (n, n * self.repeat)
 
     def _raise(self, call: _Call, why: str) -> None:
         if call.problem is not None:
             raise call.problem
-        asked = f"{self.rows.asked} with {len(self.rows.rows):,} rows"
+        asked = f"{self.asked} with {len(self.rows):,} rows"
         problem = f"rows cannot be told apart in all layers, and {why}"
         remedy = "Leave layers that do not get the rows first out of the adapters"
         raise LayerError(asked, problem, remedy)
-
-
-class Marked(Selected):
-    """Rows, or all rows as one of them, that have marks in the place of adapters.
-
-    Args:
-        rows: Who takes part.
-        only: The only row.
-    """
-
-    def __init__(self, rows: Any, only: Any = None) -> None:
-        self.rows, self.names = rows, rows.names
-        numbers = {row: number for number, row in enumerate(rows.mixes, 1)}
-        self.marks = [numbers[row] for row in (rows.rows if only is None else (only,))]
-
-    def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a layer without adapters, and mark what it gives for each row."""
-        made = layer._lora_mixed(Mix(), args, kwargs)
-        if not self.rows.taking(layer).entries:
-            return made
-        first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        if len(self.marks) > 1 and self.rows.rows_first(layer, first) is None:
-            return made
-        return tree_map(self._marked, made)
-
-    def read(
-        self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
-    ) -> Any:
-        """Return the plain parameter."""
-        del layer, param, entries, outside
-        return raw
-
-    def _marked(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or not leaf.is_floating_point():
-            return leaf
-        axis = torch.arange(1, leaf.shape[-1] + 1 if leaf.dim() > 1 else 2, device=leaf.device)
-        each = torch.tensor(self.marks, device=leaf.device)
-        marks = 1 + 0.5 * torch.outer(each, axis).sin().to(leaf.dtype)
-        split = torch.unflatten(leaf, 0, (len(self.marks), -1))
-        return (split * marks.view(len(marks), *[1] * (split.dim() - 2), -1)).flatten(0, 1)
 
 
 _HOOK: Any = "lora_inject.routed"  # one key, as compiled code looks at it

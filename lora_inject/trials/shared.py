@@ -35,8 +35,8 @@ from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward
 from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError, StateError
-from lora_inject.rows.by_row import Rows, Taking, row_of
-from lora_inject.rows.seen import Marked, rows_alike
+from lora_inject.rows.by_row import Marked, Rows, Taking, row_of
+from lora_inject.rows.seen import rows_alike
 from lora_inject.trials.batches import Form, Forward, Joined, joined_batch, leaves_of, n_tokens
 from lora_inject.trials.run import Run, Sites
 
