@@ -160,13 +160,13 @@ def _spread(survey: Survey) -> Iterator[tuple[str, str]]:
             yield holder.name, how
 
 
-def replicating(survey: Survey) -> list[Any]:
+def replicating(survey: Survey) -> list[nn.parallel.DistributedDataParallel]:
     """Return DistributedDataParallel's wrappers around any module of a model.
 
     The wrapped model does not know its wrapper. So the interpreter is asked for all that there are,
     which takes a moment, in processes of a group only.
     """
-    given: Any = survey.given
+    given = survey.given
     if isinstance(given, nn.parallel.DistributedDataParallel):
         return [given]
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -176,14 +176,14 @@ def replicating(survey: Survey) -> list[Any]:
     return _wrappers_around(survey)
 
 
-def _wrappers_around(survey: Survey) -> list[Any]:
+def _wrappers_around(survey: Survey) -> list[nn.parallel.DistributedDataParallel]:
     ddp = nn.parallel.DistributedDataParallel
-    wrappers: list[Any] = [each for each in gc.get_objects() if issubclass(type(each), ddp)]
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), ddp)]
     return [w for w in wrappers if any(id(m) in survey.paths for m in w.module.modules())]
 
 
 # What each wrapper of DistributedDataParallel reduces: what required a gradient when it was made.
-_REDUCED: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+_REDUCED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 
 def meshes(survey: Survey) -> list[Any]:

@@ -327,7 +327,7 @@ _ON_CONFIG = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
 class Quantized(WeightKind):
     """Matches no weight: it knows models."""
 
-    def claims(self, module: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    def claims(self, module: nn.Module) -> Iterator[tuple[object, tuple[str, ...]]]:
         """Yield a model with a quantizer, and its config."""
         if "hf_quantizer" in module.__dict__:
             yield module, _ON_MODEL

@@ -234,7 +234,11 @@ class LazyWeight(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run a function of torch: by the rules above, or below autograd."""
         if func == _DEVICE:  # asked in each product: the shortest way
@@ -278,7 +282,7 @@ class LazyWeight(Tensor):
         return func(*args, **kwargs)
 
 
-def _refuse_change(func: Any) -> NoReturn:
+def _refuse_change(func: object) -> NoReturn:
     """Raise for an operation that would change what was read."""
     raise LayerError(
         f"{getattr(func, '__name__', func)} on what was read of a weight with an adapter",
@@ -288,7 +292,7 @@ def _refuse_change(func: Any) -> NoReturn:
     )
 
 
-def _refuse_hook(func: Any) -> NoReturn:
+def _refuse_hook(func: Callable[..., Any]) -> NoReturn:
     """Raise for what wants the gradient of the sum, which nobody computes."""
     raise LayerError(
         f"{func.__name__} on what was read of a weight with an adapter",
@@ -305,7 +309,11 @@ def formed(weight: Any) -> Any:
 
 
 def _made(
-    read: Read, size: Any, stride: Any, index: int | Tensor | None = None, turned: bool = False
+    read: Read,
+    size: Sequence[int],
+    stride: Sequence[int] | None,
+    index: int | Tensor | None = None,
+    turned: bool = False,
 ) -> LazyWeight:
     weight = read.weight
     made: LazyWeight = unstored(LazyWeight, size, stride, dtype=weight.dtype, device=weight.device)
@@ -358,7 +366,7 @@ class _Cut(torch.autograd.Function):
 # --------------------------------------------------------------------------------------- products
 
 
-def _thin_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _thin_product(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Return a product with a sum that is not formed; NotImplemented for all else."""
     product = _PRODUCTS.get(func) or _OF_LIBRARIES.get(str(func))
     if product is None:
@@ -368,7 +376,7 @@ def _thin_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     return product(*args, **kwargs) if _is_thin(product, args, kwargs) else NotImplemented
 
 
-def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def _is_thin(product: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a product supports these arguments, and each of them allows thin products.
 
     Tensors of other classes have their own arithmetic.

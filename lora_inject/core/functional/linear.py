@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.core.functional.factors import (
+    Spans,
     Update,
     cast,
     compute_dtype,
@@ -147,11 +148,11 @@ class _How(NamedTuple):
     transposed: bool  # whether the weight is stored (in, out)
     float32: bool  # whether the low-rank arithmetic is in float32
     low: torch.dtype | None  # what autocast casts the layer to; None outside
-    terms: Sequence[tuple[Any, ...]]  # scale, spans and dropout of each update
+    terms: Sequence[tuple[float, Spans | None, float]]  # scale, spans and dropout of each update
 
     def updates(self, factors: Sequence[Tensor]) -> list[Update]:
-        pairs = zip(factors[::2], factors[1::2], strict=True)
-        return [Update(*pair, *term) for pair, term in zip(pairs, self.terms, strict=True)]
+        each = zip(factors[::2], factors[1::2], self.terms, strict=True)
+        return [Update(A, B, *term) for A, B, term in each]
 
 
 class _Linear(torch.autograd.Function):

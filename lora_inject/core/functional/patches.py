@@ -13,18 +13,18 @@ from typing import Any
 
 _ABSENT = object()  # the class inherits its own function
 
-_PATCHES: dict[tuple[type, str], Callable[[Any], Any]] = {}
-_IN_PLACE: dict[tuple[type, str], tuple[Any, Any]] = {}  # torch's own function, and ours
-_HOLDERS: weakref.WeakSet[Any] = weakref.WeakSet()
+_PATCHES: dict[tuple[type, str], Callable[[Callable[..., Any]], object]] = {}
+_IN_PLACE: dict[tuple[type, str], tuple[object, object]] = {}  # torch's own function, and ours
+_HOLDERS: weakref.WeakSet[object] = weakref.WeakSet()
 _CHANGING = threading.RLock()  # a holder may go while the same thread puts patches in
 
 
-def patch(owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
+def patch(owner: type, name: str, wrap: Callable[[Callable[..., Any]], object]) -> None:
     """Have `wrap(function)` in the place of a function of a class while anything holds patches."""
     _PATCHES[owner, name] = wrap
 
 
-def hold(holder: Any) -> None:
+def hold(holder: object) -> None:
     """Have the patches in place for as long as an object lives."""
     _HOLDERS.add(holder)
     weakref.finalize(holder, _let_go)

@@ -20,6 +20,8 @@ from torch.compiler import is_compiling
 from lora_inject.private import look_up
 
 F = TypeVar("F", bound=Callable[..., Any])
+Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+"""What packs and unpacks tensors that autograd saves."""
 
 # ------------------------------------------------------------------------------------- tracers
 
@@ -79,11 +81,12 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def saving_hooks() -> Any:
+def saving_hooks() -> Hooks | None:
     """Return the innermost hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
     if _top_hooks is None or torch.compiler.is_dynamo_compiling():  # it may compile this alone
         return None
-    return _top_hooks(False)
+    hooks: Hooks | None = _top_hooks(False)
+    return hooks
 
 
 _PACKAGE = __name__.partition(".")[0]

@@ -87,7 +87,7 @@ PICKED: dict[Any, Callable[..., Any]] = {
 }
 
 
-def writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cls: type) -> bool:
+def writes(func: object, args: Sequence[object], kwargs: Mapping[str, object], cls: type) -> bool:
     """Whether an operation would write into a tensor of a class, alone or in a list."""
     schema = getattr(func, "_schema", None)  # an operation of higher order has none
     for i, argument in enumerate([] if schema is None else schema.arguments):

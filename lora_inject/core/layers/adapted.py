@@ -17,8 +17,8 @@ from __future__ import annotations
 import functools
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
+from typing import Any, ClassVar, SupportsIndex
 from weakref import WeakValueDictionary
 
 import torch
@@ -135,7 +135,7 @@ class Adapted(nn.Module):
         object.__setattr__(self, "__class__", self._lora_plain)
         self.__init__(*args, **kwargs)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle and copy by the plain class, from which the swapped one is made again.
 
         Raises:
@@ -209,7 +209,9 @@ class Adapted(nn.Module):
 
     # --------------------------------------------------------------------------- its state dict
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         """Save like nn.Module, and note what the tensors do not tell."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         tell(self._lora, destination, prefix)
@@ -229,7 +231,7 @@ class Adapted(nn.Module):
         self,
         state_dict: Mapping[str, Any],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: Mapping[str, Any],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -268,7 +270,7 @@ def _rebuild(plain: type[nn.Module], mixin: type[Adapted], reads: tuple[str, ...
     return made
 
 
-def _itself(get: Any) -> Any:
+def _itself(get: Callable[..., nn.Parameter]) -> Callable[..., nn.Parameter]:
     """Return a `get_parameter` that gives a Parameter itself, as `named_parameters` does."""
 
     @functools.wraps(get)
@@ -276,7 +278,7 @@ def _itself(get: Any) -> Any:
         path, _, name = target.rpartition(".")
         owner = self.get_submodule(path)
         held = owner._parameters.get(name) if isinstance(owner, Adapted) else None
-        return get(self, target) if held is None else held  # type: ignore[no-any-return]
+        return get(self, target) if held is None else held
 
     return get_parameter
 
@@ -333,7 +335,7 @@ READER = weight_property("").fget.__code__  # type: ignore[union-attr]
 
 
 # Holds a class while a module has it, and lets it go with the last one.
-_CLASSES: WeakValueDictionary[Any, type[Adapted]] = WeakValueDictionary()
+_CLASSES: WeakValueDictionary[Hashable, type[Adapted]] = WeakValueDictionary()
 
 
 def adapted_class(
@@ -385,7 +387,7 @@ def _made(
     return types.new_class(plain.__name__, bases[::-1], meta, lambda ns: ns.update(namespace))
 
 
-def _with_signature(plain: Any) -> Callable[..., Any]:
+def _with_signature(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward of a class that is read, with the signature of its own."""
 
     @functools.wraps(plain)

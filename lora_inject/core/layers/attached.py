@@ -8,8 +8,9 @@ Adapter tensors are plain Parameters of their module with flat names, found thro
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.factors import Patch, Spans, Update
 from lora_inject.core.functional.gain import Gain
+from lora_inject.core.functional.torch_inside import Hooks
 from lora_inject.core.layers.selection import Selected, Selection
 from lora_inject.core.spec.sites import SiteSpec, signed_pairs
 from lora_inject.core.spec.variants import VARIANTS
@@ -96,7 +98,7 @@ class Entry:
         """Whether its outputs have a gain besides the update of W."""
         return self.spec is not None and VARIANTS[self.spec.variant].gained
 
-    def gain(self, held: Mapping[str, Any]) -> Gain | None:
+    def gain(self, held: Mapping[str, Tensor]) -> Gain | None:
         """Return the gain of its outputs, None if its variant has none."""
         if self.spec is None or not self.gained:
             return None
@@ -112,7 +114,7 @@ class Entry:
         for A, B, sign in self.pairs():
             yield Recipe(A, B, sign * spec.scale * weight, spans, spec.dropout)
 
-    def patches(self, held: Mapping[str, Any], weight: float) -> list[Patch]:
+    def patches(self, held: Mapping[str, Tensor], weight: float) -> list[Patch]:
         """Return the same as W takes it, with the current tensors."""
         spec = self.spec
         assert spec is not None
@@ -135,7 +137,7 @@ class Recipe(NamedTuple):
 
 
 def factors_of(
-    recipes: Iterable[Recipe], held: Mapping[str, Any], *, training: bool
+    recipes: Iterable[Recipe], held: Mapping[str, Tensor], *, training: bool
 ) -> list[Update]:
     """Return updates with their tensors, which are looked up at each call."""
     return [
@@ -155,7 +157,9 @@ class Attached:
     """
 
     # What few modules have stands here, as there are many thousands.
-    old_forward: Any = None  # that of the plain class, as a hook had saved it on the module
+    old_forward: MethodType | None = (
+        None  # that of the plain class, as a hook had saved it on the module
+    )
     float32 = False  # whether an adapter on the output asks for float32 arithmetic
     time_major = False  # whether its input may have time before batch (`rows.seen`)
     no_rows = False  # whether no length of its input says that its first axis is the rows
@@ -173,7 +177,7 @@ class Attached:
         self._base: tuple[str, ...] = ()  # those of the other parameters
         # For each thread that runs a forward of the module: the effective weights read in it, and
         # the hooks on saved tensors that it was entered with.
-        self.running: dict[int, tuple[dict[Any, Tensor], Any]] = {}
+        self.running: dict[int, tuple[dict[Hashable, Tensor], Hooks | None]] = {}
         # Marks of the entries that forwards have used: a set, to which several threads may add.
         self.took_part: set[str] = set()
         # Whose updates on the output were looked up last, and these: one object, which another

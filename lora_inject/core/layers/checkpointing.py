@@ -37,7 +37,7 @@ class _Asked(dict[Selection, Selected]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.by = set[object]()
+        self.by: set[object] = set()
 
     def __contains__(self, selection: object) -> bool:
         self.by.add(selection)
@@ -123,20 +123,22 @@ class _Gone(Selected):
         raise self.error
 
 
-def _noting_frame(begin: Any) -> Any:
+def _noting_frame(begin: Callable[..., None]) -> Callable[..., None]:
     """Return what makes a checkpoint that is not reentrant."""
 
     @functools.wraps(begin)
-    def beginning(self: Any, recompute_fn: Any, *args: Any, **kwargs: Any) -> None:
+    def beginning(
+        self: object, recompute_fn: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> None:
         begin(self, Recomputed(recompute_fn, first=False), *args, **kwargs)
 
     return beginning
 
 
-def _noting_call(apply: Any) -> Any:
+def _noting_call(apply: Callable[..., Any]) -> Any:
     """Return what runs a reentrant checkpoint."""
 
-    def applying(run_function: Any, *args: Any) -> Any:
+    def applying(run_function: Callable[..., Any], *args: Any) -> Any:
         return apply(Recomputed(run_function, first=True), *args)
 
     return staticmethod(applying)

@@ -304,7 +304,7 @@ def _is_torchs(plain: type[nn.Module], kind: type[nn.Module]) -> bool:
     return plain.forward is kind.forward and _keeps_forward(plain) and not hasattr(plain, "weight")
 
 
-def _keeps_forward(cls: Any) -> bool:
+def _keeps_forward(cls: type[nn.Module]) -> bool:
     """Return whether a class computes by the code of its own module, which nobody has replaced.
 
     Some programs put their own function at `nn.Linear.forward`, for all layers of a process.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +226,7 @@ def dense(module: nn.Module, weight: Tensor) -> Tensor:
     return values.to(torch.float32).contiguous()
 
 
-def claims(modules: Iterable[nn.Module]) -> list[tuple[Any, dict[str, Any]]]:
+def claims(modules: Iterable[nn.Module]) -> list[tuple[object, dict[str, object]]]:
     """Return who says that it is quantized, with the attributes that say it."""
     return [
         (owner, {name: owner.__dict__[name] for name in names if name in owner.__dict__})

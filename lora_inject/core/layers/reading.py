@@ -18,7 +18,7 @@ nothing and is never refused.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,8 +47,8 @@ class OwnCode(threading.local):
         nested: Whether it computes a nested batch.
     """
 
-    adds: Any = None
-    keeps: Any = None
+    adds: Attached | None = None
+    keeps: Attached | None = None
     replaces = False
     nested = False
 
@@ -57,7 +57,7 @@ OWN = OwnCode()
 
 
 @contextmanager
-def keeping(attached: Any, *, replaces: bool = False) -> Iterator[None]:
+def keeping(attached: Attached, *, replaces: bool = False) -> Iterator[None]:
     """Let the code inside find the parameters of a layer themselves."""
     before = OWN.keeps, OWN.replaces
     OWN.replaces = replaces or (OWN.replaces and OWN.keeps is attached)
@@ -175,7 +175,7 @@ def read_mixed(
     return cache[key]
 
 
-def _read_so_far(attached: Attached) -> dict[Any, Tensor] | None:
+def _read_so_far(attached: Attached) -> dict[Hashable, Tensor] | None:
     """Return the values that were read in the running forward, for the next reads in it.
 
     None outside a forward of the module, and in a checkpoint that its forward has entered: that

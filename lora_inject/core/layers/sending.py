@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +11,9 @@ from torch import Tensor
 from lora_inject.core.functional.torch_inside import constant_in_graphs
 
 
-def sent(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def sent(
+    numbers: Sequence[object], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return numbers as a tensor on a device, for a later backward too.
 
     On CUDA the copy is from pinned memory, since a copy of other memory waits for all that the
@@ -24,7 +25,7 @@ def sent(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None
         return made.to(device, non_blocking=True)
 
 
-def queue_of(device: torch.device) -> Any:
+def queue_of(device: torch.device) -> Hashable:
     """Return what orders the work of the caller on a device: on CUDA its current stream."""
     return (device, torch.cuda.current_stream(device)) if device.type == "cuda" else device
 
@@ -38,7 +39,7 @@ def sent_once(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(numbers: tuple[int, ...], device: torch.device, queue: Any) -> Tensor:
+def _kept(numbers: tuple[int, ...], device: torch.device, queue: Hashable) -> Tensor:
     del queue  # what is sent is there for later work in it
     return sent(numbers, device)
 

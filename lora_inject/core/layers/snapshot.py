@@ -20,7 +20,7 @@ from lora_inject.core.layers.attached import attached_to
 @contextmanager
 def all_or_nothing(
     modules: Iterable[nn.Module],
-    values: Iterable[Any] = (),
+    values: Iterable[object] = (),
     parameters: Iterable[nn.Parameter] | None = None,
 ) -> Iterator[list[nn.Parameter]]:
     """Run the body; where it raises, put back what it changed of modules and of further values.
@@ -51,7 +51,7 @@ def all_or_nothing(
         raise
 
 
-def _tables(value: Any) -> Iterator[Any]:
+def _tables(value: object) -> Iterator[Any]:
     """Yield the dict of an object's attributes, and the dicts and sets among them."""
     yield value.__dict__
     yield from (table for table in value.__dict__.values() if type(table) in (dict, set))

@@ -44,7 +44,7 @@ def waiting(module: nn.Module, attached: Attached) -> list[Entry]:
 # ----------------------------------------------------------------------------- from a state dict
 
 
-def names_given(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> set[str]:
+def names_given(module: nn.Module, state_dict: Mapping[str, object], prefix: str) -> set[str]:
     """Return the names, in a module, of the tensors that a state dict is about to give it.
 
     A tensor of an adapter that is the module's own already gives it nothing.

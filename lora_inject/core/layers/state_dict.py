@@ -19,7 +19,7 @@ import json
 import math
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ class Form(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _checksum(value: Any) -> int:
+def _checksum(value: Hashable) -> int:
     return zlib.crc32(repr(value).encode())
 
 
@@ -77,7 +77,7 @@ class Told(NamedTuple):
 # ---------------------------------------------------------------------------------- what it says
 
 
-def tell(attached: Attached, state_dict: Any, prefix: str) -> None:
+def tell(attached: Attached, state_dict: MutableMapping[str, Any], prefix: str) -> None:
     """Put the text about a module into its part of a state dict, and of its metadata.
 
     The tensor is float32 of shape (bytes,), on the CPU, and shares no memory.

@@ -7,7 +7,7 @@ top of it stay there.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -67,7 +67,9 @@ def unswap(module: nn.Module) -> None:
     module.__class__ = plain
 
 
-def become(module: nn.Module, plain: Any, mixin: type[Adapted], reads: Iterable[str]) -> None:
+def become(
+    module: nn.Module, plain: type[nn.Module], mixin: type[Adapted], reads: Iterable[str]
+) -> None:
     """Give a module the swapped class of a plain one, below what others have put on top."""
     cls, name = type(module), mixin.weight_name
     held = None if mixin is WeightUpdate else module._parameters.get(name)
@@ -97,7 +99,7 @@ OLD_FORWARD = "_old_forward"
 """Where accelerate's hooks keep the forward of before, which they call."""
 
 
-def point_hook(module: nn.Module, forward: Any) -> None:
+def point_hook(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Let a hook that has saved the forward of a module's class call another one.
 
     It would bypass the swapped class, and stay with it after that is gone. What was saved before

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ class WeightKind:
     def end_training(self, module: nn.Module) -> None:
         """Undo `begin_training`, as the last adapter is gone."""
 
-    def claims(self, module: nn.Module) -> Iterable[tuple[Any, Iterable[str]]]:
+    def claims(self, module: nn.Module) -> Iterable[tuple[object, Iterable[str]]]:
         """Yield who says that a model is packed, and by which attributes: untrue once none is."""
         return ()
 
