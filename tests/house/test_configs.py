@@ -176,6 +176,9 @@ def test_every_file_is_tested() -> None:
 def test_a_file_of_yours_goes_before_a_family_of_its_name(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert li.Config.from_yaml("llama").rank == 8
+    Path("llama").mkdir()  # the model's own folder
+    assert li.Config.from_yaml("llama").rank == 8
+    Path("llama").rmdir()
     Path("llama").write_text("{rank: 3, targets: [q_proj]}")
     assert li.Config.from_yaml("llama").rank == 3
     with refused(li.ConfigError, "'lama'", "'llama'"):

@@ -372,7 +372,8 @@ class Config(Shown, YamlModel):
                 gives `FILE:LINE:COLUMN (key)`.
         """
         families = Path(__file__).parents[2] / "configs"
-        is_name = str(path).isidentifier() and not Path(path).exists()
+        is_file = Path(path).exists() and not Path(path).is_dir()  # but a model's folder
+        is_name = str(path).isidentifier() and not is_file
         family = families / f"{path}.yaml"
         if is_name and not family.exists():
             there = [each.stem for each in sorted(families.glob("*.yaml"))]
