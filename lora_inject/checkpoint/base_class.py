@@ -16,6 +16,10 @@ from torch import nn
 
 from lora_inject.checkpoint.index import Checkpoint, changed_config
 from lora_inject.core.files.safetensors_file import TensorEntry
+from lora_inject.core.layers.kinds import kind_of
+from lora_inject.core.spec.inventory import LINEAR_KINDS
+from lora_inject.core.spec.names import leaf, parent
+from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.checkpoint_names import names_on_disk
 from lora_inject.formats.live_models import facts_of_model, is_transformers_4
@@ -148,18 +152,27 @@ class BaseClass:
 
     def module_of(self, name: str) -> nn.Module | None:
         """Return the module that holds a tensor of the file; None if the class has none."""
-        return self._modules.get(self._mine.get(name, name).rpartition(".")[0])
+        return self._modules.get(parent(self._mine.get(name, name)))
+
+    def layer_of(self, name: str) -> tuple[str, Geometry] | None:
+        """Return the kind of layer whose weight a tensor is, and its shapes, as `inject` has them.
+
+        None for what is no layer's weight, such as a router's or a stack of experts.
+        """
+        module = self.module_of(name)
+        kind = None if module is None else kind_of(type(module))
+        mine = leaf(self._mine.get(name, name))
+        if module is None or kind is None or mine != kind.weight_of(type(module)):
+            return None
+        return kind.kind, kind.geometry(module)
 
     def transposed(self, name: str) -> bool | None:
-        """Return whether a tensor is stored as `(in, out)`; None if the class does not say."""
-        module: Any = self.module_of(name)
-        if hasattr(module, "is_transposed"):  # transformers' stacks of experts
-            return bool(module.is_transposed)
-        from transformers.pytorch_utils import Conv1D
-
-        if isinstance(module, Conv1D):
-            return True
-        return False if isinstance(module, nn.Linear) else None
+        """Return whether a matrix is stored as `(in, out)`; None if the class does not say."""
+        layer, module = self.layer_of(name), self.module_of(name)
+        if layer is not None:
+            return layer[1].transposed if layer[0] in LINEAR_KINDS else None
+        stated = getattr(module, "is_transposed", None)  # of transformers' stacks of experts
+        return None if stated is None else bool(stated)
 
     def stack_transposed(self, name: str) -> bool:
         """Return whether experts are stored as `(in, out)`; not if their class is silent.
@@ -207,7 +220,8 @@ class BaseClass:
 
     @cached_property
     def _mine(self) -> dict[str, str]:
-        return {theirs: place.name for place, theirs in self._table.items()}
+        names = self._table.items()  # one expert of a stack is no module's
+        return {theirs: place.name for place, theirs in names if place.expert is None}
 
 
 def _groups(model: nn.Module, rule: BaseClass) -> Iterator[frozenset[str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_inject.algebra.svd import Decomposed, decompose
 from lora_inject.checkpoint.base_class import BaseClass
@@ -26,17 +26,12 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
-from lora_inject.core.spec.names import counted, is_bias
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.names import counted, is_bias, parent
+from lora_inject.core.spec.sites import Geometry, SiteSpec
 from lora_inject.core.spec.tables import Figures, Listing, Report, listed, span, wrapped
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.exchange import write_adapter
 from lora_inject.formats.model_facts import ModelFacts
-
-_CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
 
 
 @dataclass(frozen=True)
@@ -261,14 +256,12 @@ class _Extraction:
 
     def _site(self, name: str, difference: Tensor) -> tuple[SiteState, float]:
         """Decompose one tensor; decompose a stack matrix by matrix, to one rank."""
-        shape = tuple(difference.shape)
-        stacked = len(shape) == 3 and self._kind(name, shape) == "parameter"
-        matrix = matrix_of(shape[1:] if stacked else shape)
-        parts = [
-            decompose(part, self.rank, self.energy) for part in difference.reshape(-1, *matrix)
-        ]
+        kind, lies = self._layer(name, tuple(difference.shape))
+        n_cols = lies.out_features if lies.transposed else lies.in_features
+        matrices = difference.reshape(lies.experts or 1, -1, n_cols)
+        parts = [decompose(matrix, self.rank, self.energy) for matrix in matrices]
         rank = max(len(part.S) for part in parts)
-        spec = self._spec(name, shape, rank, len(parts) if stacked else None)
+        spec = _spec(name, kind, lies, rank)
         halves = [_halves(part, rank, spec.transposed) for part in parts]
         A = torch.stack([A for A, _ in halves]).reshape(spec.a_shape)
         B = torch.stack([B for _, B in halves]).reshape(spec.b_shape)
@@ -290,43 +283,35 @@ class _Extraction:
             if any(module is known for known in modules):
                 continue  # one layer of several names
             modules.append(module)
-            spec = self._spec(other, site.spec.weight_shape, site.spec.rank)
+            spec = _spec(other, *self._layer(other, site.spec.weight_shape), site.spec.rank)
             A, B = site.A, site.B
             if spec.transposed != site.spec.transposed:
                 A, B = B.T.contiguous(), A.T.contiguous()
             yield SiteState(spec, A, B)
 
-    def _spec(
-        self, weight: str, shape: tuple[int, ...], rank: int, experts: int | None = None
-    ) -> SiteSpec:
-        """Return the site of a weight, of the kind of layer that the class says; else linear."""
-        kind = self._kind(weight, shape)
-        transposed = kind in {"conv1d", "embedding"}
-        if kind == "parameter" and self.of.known:
+    def _layer(self, weight: str, shape: tuple[int, ...]) -> tuple[str, Geometry]:
+        """Return the kind of layer that the class says, and how its weight is a matrix."""
+        of, known = self.of, self.of.known
+        layer = of.layer_of(weight) if known else None
+        kind, transposed, experts = "parameter", False, None
+        if layer is not None and len(layer[1].weight_shape) == len(shape):
+            kind, transposed = layer[0], layer[1].transposed
+        elif weight.endswith(".weight") and not (known and of.module_of(weight)):
+            kind = "conv" if len(shape) > 2 else "linear"  # as its name alone says
+        else:
+            experts = shape[0] if len(shape) == 3 else None
             square = len(shape) > 2 and shape[-1] == shape[-2]  # whose shape says nothing
-            ask = self.of.stack_transposed if square else self.of.transposed
-            transposed = bool(ask(weight))
+            transposed = known and bool((of.stack_transposed if square else of.transposed)(weight))
         n_out, n_in = matrix_of(shape if experts is None else shape[1:])
         if transposed:
             n_out, n_in = n_in, n_out
-        name = weight if kind == "parameter" else weight.removesuffix(".weight")
-        spec = SiteSpec(name, kind, n_in, n_out, shape, rank, float(rank), weight=weight)
-        return replace(spec, transposed=transposed, experts=experts)
+        return kind, Geometry(n_in, n_out, shape, transposed, experts)
 
-    def _kind(self, weight: str, shape: tuple[int, ...]) -> str:
-        if not weight.endswith(".weight"):
-            return "parameter"
-        module = self.of.module_of(weight) if self.of.known else None
-        if module is None:  # the name of the file alone says something
-            return "conv" if len(shape) > 2 else "linear"
-        if isinstance(module, nn.Embedding):
-            return "embedding"
-        if isinstance(module, _CONVOLUTIONS):
-            return "conv"
-        said = self.of.transposed(weight)
-        if said is None or len(shape) > 2:  # of no layer that is known, such as a router
-            return "parameter"
-        return "conv1d" if said else "linear"
+
+def _spec(weight: str, kind: str, lies: Geometry, rank: int) -> SiteSpec:
+    """Return the site of a weight."""
+    name = weight if kind == "parameter" else parent(weight)
+    return SiteSpec(name, kind, *lies[:3], rank, float(rank), *lies[3:], weight=weight)
 
 
 def _halves(part: Decomposed, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,30 @@ def test_what_is_no_plain_float_is_compared_too(
     assert (report.left, report.n_equal) == (("codes",), 1)
 
 
+def test_a_transposed_convolution_is_extracted_as_the_model_takes_it(tmp_path: Path) -> None:
+    """It was extracted as a convolution, the other way round, and no model took the adapter."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": 4, "image_size": 32, "fusion_hidden_size": 4}
+    config = transformers.DPTConfig(
+        **sizes, neck_hidden_sizes=[4] * 4, backbone_out_indices=[*range(4)]
+    )
+    model = transformers.DPTForDepthEstimation(config)
+    name = "neck.reassemble_stage.layers.0.resize"
+    said = config.to_dict() | {"architectures": ["DPTForDepthEstimation"]}
+    weight = model.get_parameter(f"{name}.weight")
+    base = save_checkpoint(tmp_path / "base", model.state_dict(), config=said)
+    with torch.no_grad():
+        weight += torch.outer(torch.randn(4), torch.randn(weight[0].numel())).view_as(weight)
+    tuned = save_checkpoint(tmp_path / "tuned", model.state_dict(), config=said)
+    li.extract_adapter(base, tuned, tmp_path / "a", rank=1, format="native")
+    fresh = transformers.DPTForDepthEstimation.from_pretrained(base)
+    li.load_adapter(fresh, tmp_path / "a.safetensors")
+    merged = dict(li.merged_weights(fresh))[f"{name}.weight"]
+    torch.testing.assert_close(merged, weight.detach(), rtol=0, atol=1e-5)
+    with refused(li.FormatError, f"'{name}'", "conv_transpose"):
+        li.extract_adapter(base, tuned, tmp_path / "b", rank=1)
+
+
 def test_a_tensor_of_another_dtype_is_not_equal(tmp_path: Path) -> None:
     delta = torch.outer(torch.arange(6.0), torch.ones(4))
     base = {"fc.weight": torch.zeros(6, 4), "q": torch.ones(4, 4, dtype=torch.int8)}
