@@ -1,6 +1,7 @@
 """Adapters of some experts of a stack, or with a shared factor: merged on disk, analyzed, known."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers.merging import load_checkpoint
 from helpers.refusals import refused
 from helpers.states import effect
 from helpers.versions import needs_transformers_5
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -66,6 +68,20 @@ def test_what_is_merged_on_disk_is_the_delta_of_the_chosen_experts(
             due = delta.float() if name == STACK else delta[int(name.split(".")[-3])].float()
         due = due * (2 if given == "weighted" else 1)
         torch.testing.assert_close(merged[name], W + due, rtol=0, atol=1e-5)
+
+
+def test_the_report_of_a_stack_is_that_of_the_merge_in_memory(tmp_path: Path) -> None:
+    """The size of W was that of the chosen experts alone, and a damaged one beside them passed."""
+    model, before = adapted("gpt_oss", tmp_path / "base", only=[0, 2])
+    state = replace(li.adapter_state(model), fingerprint=None)
+    on_disk = li.merge_checkpoint(tmp_path / "base", [state], tmp_path / "out").tensors[STACK]
+    W = before[STACK].double()
+    size = float(delta_of(model, "gpt_oss", [0, 2]).norm() / W.norm())
+    assert on_disk.relative == pytest.approx(size, rel=1e-5)
+    damaged = before | {STACK: before[STACK].index_fill(0, torch.tensor([1]), torch.nan)}
+    save_file(damaged, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with refused(li.CheckpointError, f"'{STACK}'", "NaN"):
+        li.merge_checkpoint(tmp_path / "base", [state], tmp_path / "no")
 
 
 @pytest.mark.parametrize("rule", RULES)
