@@ -96,6 +96,20 @@ def test_what_a_config_says_is_checked(change, client, named, tmp_path) -> None:
     assert any(f.stops and named in f.problem for f in findings), findings
 
 
+@pytest.mark.parametrize(("rank", "option"), [(16, 0), (17, 32), (24, 32), (129, 256), (321, 512)])
+def test_the_rank_that_vllm_is_to_be_started_with_is_one_that_it_takes(
+    rank: int, option: int, tmp_path: Path
+) -> None:
+    path = li.write_adapter(alike(rank=rank, alpha=2.0 * rank), tmp_path / "a")
+    said = [(f.stops, f.fix) for f in li.check_adapter(path, "vllm")]
+    assert said == ([(False, f"Start it with --max-lora-rank {option}")] if option else [])
+
+
+def test_a_rank_above_all_that_vllm_takes_stops_it(tmp_path: Path) -> None:
+    (finding,) = li.check_adapter(li.write_adapter(alike(rank=513), tmp_path / "a"), "vllm")
+    assert (finding.stops, finding.fix) == (True, "Run lora-inject truncate")
+
+
 def test_names_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     state = state_of(PLAIN[1], layer(0, "v_porj"))
