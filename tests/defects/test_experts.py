@@ -5,20 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import same_bits
-from helpers.experts import experts
-from transformers import MixtralConfig, MixtralForCausalLM
+from helpers.experts import MOE, MORE, experts
+from helpers.versions import needs_transformers_5
 
 import lora_inject as li
 
 IDS = torch.arange(12).view(3, 4)
 
 
-def test_batched_products_of_experts_begin_at_the_base() -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 31}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    settings = MixtralConfig(**sizes, **heads, num_local_experts=8)
-    settings._experts_implementation = "batched_mm"
-    model = MixtralForCausalLM(settings).eval()
+@needs_transformers_5
+@pytest.mark.parametrize("family", [*MOE, *MORE])
+def test_batched_products_of_experts_begin_at_the_base(family: str) -> None:
+    model, _ = experts(family, "batched_mm", hidden_size=64)
     with torch.no_grad():
         plain = model(IDS).logits
         li.inject(model, {"rank": 2, "targets": ["all-experts"]})
