@@ -127,6 +127,11 @@ class Checked:
         self.said = {n: (rank or self.rank, alpha or self.alpha) for n, (rank, alpha) in numbers}
         self.ranks = {n: self._rank(n, a[0]) for n, (a, b) in self.pairs.items() if a and b}
 
+    def is_stack(self, name: str) -> bool:
+        """Whether A and B of a complete pair hold those of several matrices."""
+        a, _ = self.pairs[name]
+        return a is not None and a[0] > self.ranks[name]
+
     def _rank(self, name: str, rank: int) -> int:
         """Return the rank of a pair whose A has so many rows: several times its own in a stack."""
         said, _ = self.said[name]
@@ -299,7 +304,7 @@ def _stacks_in_vllm(files: Checked) -> Objections:
     yield from _about(half, "vLLM wants both stacks of experts adapted: {}", MERGE)
     yield from _forms_of_experts(files, bool(stacks) and not half)
     if files.kind in (None, *VLLM_STACKS):
-        yield from _turned_stacks(files, stacks)
+        yield from _turned_stacks(files, "vLLM", stacks)
     lost = missing_matrices(files.pairs, files.modules or ())
     yield from _about(
         lost, "vLLM wants every matrix of every expert adapted, and stops at {}", MERGE
@@ -321,14 +326,12 @@ def _forms_of_experts(files: Checked, has_stacks: bool) -> Objections:
         yield from _about(single, problem, "Write it in PEFT's format (--to peft)")
 
 
-def _turned_stacks(files: Checked, stacks: set[str]) -> Objections:
+def _turned_stacks(files: Checked, client: str, stacks: set[str]) -> Objections:
     """Find stacks whose A is of the output, as PEFT until 0.18 took each for (in, out)."""
     known = files.transposed
     if files.fields.takes_every_stack_turned:
-        problem = (
-            "vLLM takes A of a stack for the factor of its input, as PEFT until 0.18 wrote it "
-        )
-        problem += "only for modules that have is_transposed: {}"
+        problem = f"{client} takes a stack's A for the factor of the input, as PEFT until 0.18 "
+        problem += "wrote it only for modules that have is_transposed: {}"
         fix = f"{CONVERT}peft --base BASE`"
         wrong = sorted(stacks - {*(known or ())})
         yield from _about(wrong, problem, fix, stops=known is not None)
@@ -413,6 +416,8 @@ def _peft(files: Checked) -> Objections:
     parameters = {parent(name) for name in files.fields.target_parameters}
     modules = (n for n in files.pairs if n not in parameters and not n.endswith(".base_layer"))
     yield from _unfit(files, modules, "PEFT")
+    stacks = {name.removesuffix(".base_layer") for name in files.ranks if files.is_stack(name)}
+    yield from _turned_stacks(files, "PEFT since 0.19", stacks & parameters)
     if not files.fields.target_parameters:
         due = {name: rank for name, (rank, _) in files.said.items()}
         wrong = (f"{n} ({r} for {due[n]})" for n, r in files.ranks.items() if r != due[n])

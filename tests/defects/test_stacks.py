@@ -4,11 +4,13 @@ The references are the einsum of PEFT 0.18.1 (tuners/lora/layer.py, `ParamWrappe
 and, for vLLM, what its own loader makes of a file (helpers/expert_loaders.py).
 """
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from helpers.expert_loaders import as_sglang_loads_it, of_single_experts, of_stacks
@@ -160,6 +162,24 @@ def test_vllm_adds_stacks_to_a_base_whose_files_hold_them(
             (finding,) = [f for f in findings if "0.18" in f.problem]
             assert finding.stops == stops
             assert "--to peft" in finding.fix
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize(("family", "sizes"), BASES)
+def test_todays_peft_takes_a_for_the_other_side_of_a_stack(family, sizes, tmp_path: Path) -> None:
+    """Of a square one without a word; what is converted is what 0.18.1 computed."""
+    model, _ = base_of(tmp_path / "base", family, **sizes)
+    deltas = of_peft_018(model, tmp_path / "adapter")
+    there = li.convert(tmp_path / "adapter", tmp_path / "there", "peft", base=tmp_path / "base")
+    for path, stops in ((tmp_path / "adapter", family not in TURNED), (there, False)):
+        findings = li.check_adapter(path, "peft", base=tmp_path / "base")
+        assert ["0.18" in f.problem and "--to peft" in f.fix for f in findings] == [True] * stops
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(model), there)
+    read.merge_adapter()
+    merged = {name.replace(".base_layer", ""): p for name, p in read.named_parameters()}
+    for name, delta in deltas.items():
+        key = f"base_model.model.{MODULE}.{name}"
+        torch.testing.assert_close(merged[key] - model.get_parameter(f"{MODULE}.{name}"), delta)
 
 
 @pytest.mark.parametrize("hidden", [8, 12])
