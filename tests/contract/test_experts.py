@@ -354,6 +354,12 @@ def two_layers() -> Any:
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, vocab_size=103))
 
 
+def test_a_profile_is_read_back_whatever_its_stacks_are_called(tmp_path: Path) -> None:
+    names = ("1e3", "no", "0x1", "1:30", "a.\x85b")  # of YAML 1.1 and of 1.2, some are numbers
+    profile = li.classes.ExpertProfile(experts={name: [1, 0] for name in names})
+    assert li.classes.ExpertProfile.from_yaml(profile.write(tmp_path / "p")) == profile
+
+
 def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
     profile = li.classes.ExpertProfile(experts={names[0]: [9, 5, 0, 1], names[1]: [0, 0, 2, 9]})

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -71,8 +71,10 @@ def _read_list(value: object) -> tuple[object, ...]:
     return tuple(value)
 
 
+T = TypeVar("T")
 _List = BeforeValidator(_read_list)
 Distinct = AfterValidator(_check_distinct)
+Some = Annotated[tuple[T, ...], Field(min_length=1), _List, Distinct]
 
 _LAYER = {"type": ["integer", "string"], "minimum": 0, "pattern": f"^{INDEX}(-{INDEX})?$"}
 
@@ -90,10 +92,10 @@ Layers = Annotated[
     PlainSerializer(lambda texts: [int(t) if t.isdecimal() else t for t in texts]),
     WithJsonSchema({"anyOf": [_LAYER, {"type": "array", "items": _LAYER, "minItems": 1}]}),
 ]
-Indices = Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct]
+Indices = Some[Count]
 SliceName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 Parts = Annotated[
-    Annotated[tuple[SliceName, ...], Field(min_length=1), _List, Distinct]
+    Some[SliceName]
     | Annotated[
         dict[SliceName, Annotated[int, Field(ge=1)]],
         Field(min_length=1),
@@ -213,7 +215,7 @@ class Rule(Strict):
     slices: Parts | None = None
     """Parts of a fused projection along its output, in order: widths by name, or a list of names
     for equal parts."""
-    adapt: Annotated[tuple[str, ...], Field(min_length=1), _List, Distinct] | None = None
+    adapt: Some[str] | None = None
     """Names of the slices to adapt; the others keep a delta of exactly zero."""
     layout: Layout | None = None
     """For parameters whose class does not state it: out_in if the last two dimensions are

@@ -11,12 +11,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import yaml
 from pydantic import ConfigDict, Field
 
 from lora_inject.core.files.atomic import write_file
 from lora_inject.core.spec.names import quoted
-from lora_inject.core.spec.reading import YamlModel
+from lora_inject.core.spec.reading import YamlModel, written
 from lora_inject.errors import MatchError, user_path
 
 _Count = Annotated[int, Field(ge=0)]
@@ -73,8 +72,7 @@ class ExpertProfile(YamlModel):
 
     def write(self, path: str | PathLike[str]) -> Path:
         """Write the profile as a YAML file that `only:` reads."""
-        data = {"version": self.version, "experts": self.experts}
-        text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=1 << 16)
+        text = written(self.model_dump(), rows=True)
         return write_file(user_path("write the profile", path), text.encode(), overwrite=True)
 
 
