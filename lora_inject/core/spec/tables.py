@@ -1,4 +1,4 @@
-"""Tables of figures of sites: rows of one kind are joined, and numbers are shown alike."""
+"""Results as plain data and as lines: tables of sites, whose rows of one kind are joined."""
 
 from __future__ import annotations
 
