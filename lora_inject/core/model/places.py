@@ -16,8 +16,7 @@ from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.layers.weight_kinds import is_quantized
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.layouts import why_no_gain
-from lora_inject.core.spec.names import Below
-from lora_inject.core.spec.patterns import matching
+from lora_inject.core.spec.patterns import under
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.errors import LayerError
 
@@ -174,11 +173,8 @@ def check_statistics(survey: Survey, patterns: Sequence[str], names: Inventory) 
     """Raise if one of the modules that are to train in full has a layer with statistics inside."""
     for i, pattern in enumerate(patterns):
         asked = f"train {i + 1} ('{pattern}')"
-        named = matching(pattern, names.modules, asked=asked)
-        below = Below(named)
-        for name, module in survey.by_name.items() if named else ():
-            if name in below:
-                _check_no_statistics(module, f"{asked}, {name!r}")
+        for name in under(pattern, survey.by_name, names.modules, asked=asked):
+            _check_no_statistics(survey.by_name[name], f"{asked}, {name!r}")
 
 
 def _check_no_statistics(module: nn.Module, asked: str) -> None:

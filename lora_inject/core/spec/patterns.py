@@ -42,6 +42,24 @@ def matching(
         raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
 
 
+def under(
+    pattern: str,
+    names: Iterable[str],
+    known: Iterable[str],
+    *,
+    asked: str,
+    error: type[LoraInjectError] = MatchError,
+) -> list[str]:
+    """Return those of `names` that an entry means: what it ends of all `known`, and what is below.
+
+    Examples:
+        >>> under("mlp", ["mlp.up.weight", "norm.weight"], ["mlp", "mlp.up", "norm"], asked="train")
+        ['mlp.up.weight']
+    """
+    below = Below(matching(pattern, known, asked=asked, error=error))
+    return [name for name in names if name in below]
+
+
 def named(
     names: Iterable[str],
     patterns: Iterable[str],
@@ -53,12 +71,11 @@ def named(
     chosen: dict[str, None] = {}
     modules = [*names, *around(names)]
     for pattern in in_a_list(patterns, asked, error):
-        below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=error))
-        matched = dict.fromkeys(name for name in names if name in below)
+        matched = under(pattern, names, modules, asked=f"{asked} {pattern!r}", error=error)
         if not matched:
             close = ", ".join(map(repr, nearest(pattern, modules))) or "none"
             raise error(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
-        chosen |= matched
+        chosen |= dict.fromkeys(matched)
     return {name: None for name in names if name in chosen}
 
 

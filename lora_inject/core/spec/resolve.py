@@ -43,7 +43,7 @@ from lora_inject.core.spec.names import (
     quoted,
     templates,
 )
-from lora_inject.core.spec.patterns import in_layers, matching
+from lora_inject.core.spec.patterns import in_layers, matching, under
 from lora_inject.core.spec.plan import Plan, Skipped, Trained
 from lora_inject.core.spec.plan_notes import with_notes
 from lora_inject.core.spec.sites import SiteSpec
@@ -266,15 +266,11 @@ def _site(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
 def _named(pattern: str, label: str, names: Iterable[str], inventory: Inventory) -> list[str]:
     """Return the names that an entry means: those that it ends, and what lies below."""
     known = dict.fromkeys([*names, *inventory.modules])
-    matched = matching(pattern, known, asked=label)
-    if not matched:
-        raise _no_match(inventory, label, pattern, known)
-    below = Below(matched)
-    hits = [name for name in names if name in below]
-    if not hits:
-        some = quoted(matched[:3])
+    if hits := under(pattern, names, known, asked=label):
+        return hits
+    if some := quoted(matching(pattern, known, asked=label)[:3]):
         raise MatchError(label, f"matches {some}, with no parameters", "Name what has parameters")
-    return hits
+    raise _no_match(inventory, label, pattern, known)
 
 
 def _no_match(
