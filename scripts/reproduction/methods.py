@@ -88,25 +88,16 @@ def prefix_and_lora(model: Any) -> None:
     lora(model, "qv", 8, [r"prompt_encoder\..*"])
 
 
-class Bottleneck(nn.Sequential):
-    """An adapter layer, `x + U f(D x + d) + u` with U and u zero at the start."""
-
-    def __init__(self, dim: int, width: int, *, normed: bool) -> None:
-        down, up = nn.Linear(dim, width), nn.Linear(width, dim)
-        nn.init.zeros_(up.weight)
-        nn.init.zeros_(up.bias)
-        super().__init__(*[nn.LayerNorm(dim)] * normed, down, nn.GELU(), up)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
 def attach(model: nn.Module, names: Sequence[str], dim: int, width: int, *, normed: bool) -> None:
-    """Put an adapter layer behind each named layer, and freeze all else."""
+    """Put an adapter layer, `x + U f(D x + d) + u`, behind each named one, and freeze all else."""
     model.requires_grad_(False)
     for name in names:
-        behind = Bottleneck(dim, width, normed=normed)
-        model.set_submodule(name, nn.Sequential(model.get_submodule(name), behind))
+        down, up = nn.Linear(dim, width), nn.Linear(width, dim)
+        for start in up.parameters():
+            nn.init.zeros_(start)
+        layer: Any = model.get_submodule(name)
+        layer.behind = nn.Sequential(*[nn.LayerNorm(dim)] * normed, down, nn.GELU(), up)
+        layer.register_forward_hook(lambda layer, _, x: x + layer.behind(x))
 
 
 def adapter_layers(model: Any, width: int, parts: Sequence[str], *, normed: bool) -> None:
