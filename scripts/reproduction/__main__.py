@@ -11,7 +11,6 @@ started again: only what is missing or has other sizes is run.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -44,9 +43,7 @@ def papers_claims() -> dict[str, list[list[str]]]:
     """By stage, the first two cells of the page's claims: a claim, and the paper's own figures."""
     lines = iter(PAGE.read_text(encoding="utf-8").partition("| :-- |")[2].splitlines()[1:])
     return {
-        stage.__name__: [
-            line.removeprefix("| ").split(" | ")[:2] for line in itertools.islice(lines, n)
-        ]
+        stage.__name__: [next(lines).removeprefix("| ").split(" | ")[:2] for _ in range(n)]
         for stage, n in N_CLAIMS.items()
     }
 
@@ -61,21 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="records (default: .reproduction)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name in args.stages:
-        if name not in STAGES:
-            parser.error(f"no such stage: {name}")
-    folder = REPO / (".reproduction/quick" if args.quick else ".reproduction")
+    if unknown := {*args.stages} - {*STAGES}:
+        parser.error(f"no such stage: {', '.join(unknown)}")
+    folder = args.folder or REPO / (".reproduction/quick" if args.quick else ".reproduction")
     torch.set_num_threads(args.threads)
     measure.clock("cpu" if args.threads == 1 else "wall")  # leaves out waiting for a core
-    lab = Lab(args.folder or folder, QUICK if args.quick else Sizes(), args.quick)
+    lab = Lab(folder, QUICK if args.quick else Sizes(), args.quick)
     logging.disable_progress_bar()
     papers = papers_claims()
     claims = []
     try:
         for name in args.stages or STAGES:
             found, answers = STAGES[name](lab)
-            pairs = zip(papers[name], answers, strict=True)
-            claims += [(*claim, *answer) for claim, answer in pairs]
+            claims += [(*claim, *a) for claim, a in zip(papers[name], answers, strict=True)]
             if found:
                 print(f"\n## {name}\n\n\n{found}", flush=True)
     except KeyboardInterrupt:

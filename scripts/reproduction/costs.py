@@ -181,9 +181,6 @@ def added(times: Mapping[str, list[float]], name: str) -> tuple[float, float]:
     return statistics.median(ratios), (high - low) / len(ratios) ** 0.5
 
 
-CHANGE = 0.5  # size of the arbitrary update, as a share of the weight's own size
-
-
 def together(lab: Lab) -> tuple[str, list[Answer]]:
     """LoRA with prefix tuning, and LoRA of full rank (appendix E, section 4.1)."""
     base, full, half = lab.run(full_rank).values()
@@ -212,7 +209,7 @@ def full_rank(lab: Lab) -> Result:
     with torch.no_grad():
         for name, parameter in target.named_parameters():
             if name in matrices or name.endswith("bias"):
-                scale = CHANGE * parameter.std() if name in matrices else 0.1
+                scale = parameter.std() / 2 if name in matrices else 0.1
                 parameter.add_(scale * torch.randn_like(parameter))
         li.inject(full, config)
         for name, parameter in li.adapter_parameters(full).items():
@@ -257,7 +254,7 @@ def switch(lab: Lab) -> Result:
     """What a mixed batch is off, whether W0 comes back, seconds of each way, bytes of each file."""
     paths = {task: sentences.kept(lab, ON_TASKS, 0, task) for task in TASKS}
     off = mixed_off(lab, paths)
-    model = sentences.Classifier(lab.encoder()[0]).eval()
+    model = sentences.Classifier(*lab.encoder()).eval()
     plain = {name: value.clone() for name, value in model.state_dict().items()}
     full = lab.folder / "full.safetensors"
     save_file(plain, full)
@@ -285,15 +282,16 @@ def mixed_off(lab: Lab, paths: Mapping[str, Path]) -> float:
     The heads are left out: a head is a whole matrix for each task, which rows cannot share.
     """
     encoder, tokenizer = lab.encoder()
-    model = sentences.Classifier(encoder).eval()
+    model = sentences.Classifier(encoder, tokenizer).eval()
     for task, path in paths.items():
         li.install(model, li.AdapterState(li.read_adapter(path).sites), task)
-    texts = [lab.sentences(task).test[0] for task in TASKS]
-    ids, mask, _ = sentences.collate(sentences.encode(tokenizer, texts, lab.sizes.max_tokens))
+    rows = sentences.encode(lab, tokenizer, [lab.sentences(task).test[0] for task in TASKS])
+    inputs = tokenizer.pad(rows, return_tensors="pt")
+    del inputs["labels"]
     with torch.inference_mode():
         with li.routed(model, list(TASKS)):
-            mixed = encoder(ids, mask).last_hidden_state
+            mixed = encoder(**inputs).last_hidden_state
         for row, task in enumerate(TASKS):
             li.activate(model, task)
-            mixed[row] -= encoder(ids, mask).last_hidden_state[row]
-    return (mixed.abs() * mask.unsqueeze(-1)).max().item()
+            mixed[row] -= encoder(**inputs).last_hidden_state[row]
+    return mixed[inputs["attention_mask"].bool()].abs().max().item()

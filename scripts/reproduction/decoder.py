@@ -43,13 +43,14 @@ def decoder(lab: Lab) -> tuple[str, list[Answer]]:
     for name, method in METHODS.items():
         tuned = method.like or name
         rates = METHODS[tuned].rates[: lab.sizes.keep_rates]
-        best = min(rates, key=lambda rate: per_token(lab.run(fine_tune, tuned, rate)["dev"]))
+        best = min(rates, key=lambda rate: per_token(lab.run(fine_tune, tuned, rate)["dev"])[0])
         found[method.title] = lab.run(fine_tune, name, best)
-    shown = {title: f"{math.exp(per_token(rows['test'])):.2f}" for title, rows in found.items()}
+    shown = {title: f"{math.exp(per_token(rows['test'])[0]):.2f}" for title, rows in found.items()}
     full = METHODS["full"].title
     answers = []
     for title in (METHODS[name].title for name in ("lora-r1", "lora-r4", "lora-r16")):
-        mean, error = behind(found[title]["test"], found[full]["test"])
+        both = zip(found[title]["test"], found[full]["test"], strict=True)
+        mean, error = per_token([(one - other, n) for (one, n), (other, _) in both])
         nats = f"{mean:+.3f} ± {error:.3f} nats a token"
         said = f"perplexity {shown[title]} against {shown[full]} ({nats})"
         answers.append((said, verdict(-mean, error, -MARGIN)))
@@ -89,13 +90,8 @@ def measure(model: Any, part: list[Example]) -> list[tuple[float, int]]:
     return found
 
 
-def per_token(rows: list[tuple[float, int]]) -> float:
+def per_token(rows: list[tuple[float, int]]) -> tuple[float, float]:
+    """Nats for each token, with the standard error over pairs."""
     nats, tokens = map(sum, zip(*rows, strict=True))
-    return nats / tokens
-
-
-def behind(one: list[tuple[float, int]], other: list[tuple[float, int]]) -> tuple[float, float]:
-    """Nats for each token that one is worse than the other, with its standard error over pairs."""
-    rows = [(a - b, n) for (a, n), (b, _) in zip(one, other, strict=True)]
-    mean = per_token(rows)
-    return mean, math.sqrt(sum((d - mean * n) ** 2 for d, n in rows)) / sum(n for _, n in rows)
+    mean = nats / tokens
+    return mean, math.sqrt(sum((of_pair - mean * n) ** 2 for of_pair, n in rows)) / tokens

@@ -1,9 +1,4 @@
-"""Where runs happen and what is kept of them: one JSON file for each finished run.
-
-`Lab.run(work, *args)` looks for a record of that work with these arguments and sizes and returns
-its result. Else it does the work and writes the record in one rename. So everything may be stopped
-at any moment and started again.
-"""
+"""Where runs happen and what is kept of them: one JSON file for each finished run."""
 
 from __future__ import annotations
 
@@ -30,9 +25,7 @@ HOLDS, FAILS, OPEN, PARTLY = "holds", "**does not hold**", "undecided", "holds i
 class Sizes:
     """How large everything is: rows of sentences, steps of 8 pairs, shapes of what is timed."""
 
-    n_train: int = 3200
-    n_dev: int = 1000
-    n_test: int = 2400
+    n_sentences: tuple[int, int, int] = (3200, 1000, 2400)
     batch: int = 32
     max_tokens: int = 32
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -46,7 +39,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    *(48, 16, 32, 16, 12, (0, 1), 1, 2, 4, (2, 16), (2, 32), ((2, 16), (2, 8), (1, 4)), 2)
+    *((48, 16, 32), 16, 12, (0, 1), 1, 2, 4, (2, 16), (2, 32), ((2, 16), (2, 8), (1, 4)), 2)
 )
 
 
@@ -59,7 +52,7 @@ class Lab:
     toys: bool
 
     def run(self, work: Callable[..., Result], *args: object) -> Result:
-        """The result of `work(lab, *args)`, from its record or by doing it now, as JSON has it."""
+        """The result of `work(lab, *args)`, from its record with these sizes or by doing it now."""
         name = "/".join([work.__module__.rpartition(".")[2], work.__name__, *map(str, args)])
         path = self.folder / "records" / f"{name}.json"
         sizes = json.loads(json.dumps(asdict(self.sizes)))
@@ -79,9 +72,8 @@ class Lab:
     def sentences(self, kind: str) -> snippets.Split:
         """The sentences of one kind, cut to size."""
         read = toy.sentences(kind) if self.toys else snippets.read(self.folder, kind)
-        whole = snippets.split(read)
-        counts = (self.sizes.n_train, self.sizes.n_dev, self.sizes.n_test)
-        return snippets.Split(*(part[:n] for part, n in zip(whole, counts, strict=True)))
+        parts = zip(snippets.split(read), self.sizes.n_sentences, strict=True)
+        return snippets.Split(*(part[:n] for part, n in parts))
 
     def pairs(self) -> pairs.Split:
         """Pairs of a function and its summary, of this Python or made up."""

@@ -32,8 +32,7 @@ Batch = TypeVar("Batch")
 
 
 class Method(NamedTuple):
-    """One way to fine-tune: how it sets up what trains, the learning rates to try, and the method
-    that is tuned in its place, where that is another one."""
+    """How what trains is set up, the learning rates to try, and which method is tuned instead."""
 
     title: str
     apply: Callable[[Any], object]
@@ -120,10 +119,9 @@ RATES, LORA_RATES = (1e-3, 3e-3, 1e-2), (2e-3, 5e-3, 1.2e-2)
 
 def _lora(sites: str, rank: int) -> Method:
     """LoRA with the rate of the nearest that is tuned: q and v or all linears, r = 1, 8 or 64."""
-    like = f"lora-qv-r{1 if rank < 4 else 8 if rank < 64 else 64}"
-    if sites == "all":
-        like = f"lora-all-r{8 if rank < 64 else 64}"
-    rates = (1e-3, *LORA_RATES) if like == "lora-qv-r1" else LORA_RATES
+    near = 64 if rank == 64 else 1 if rank < 4 and sites != "all" else 8
+    like = f"lora-{'all' if sites == 'all' else 'qv'}-r{near}"
+    rates = (1e-3, *LORA_RATES) if near == 1 else LORA_RATES
     title = f"LoRA {TITLES[sites]}, r = {rank}"
     return Method(title, partial(lora, sites=sites, rank=rank), rates, like)
 

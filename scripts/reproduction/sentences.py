@@ -2,8 +2,7 @@
 
 An encoder with a head of its own is fine-tuned in each of the ways. All share everything but what
 trains: the same rows in the same order for the same seed, the same head at the same start and rate,
-AdamW with the paper's schedule, no dropout. A method is tuned by its own grid and one seed that is
-used for nothing else; one that is near to a tuned one takes its rate.
+AdamW with the paper's schedule, no dropout.
 """
 
 from __future__ import annotations
@@ -23,23 +22,25 @@ import lora_inject as li
 from .lab import FAILS, HOLDS, OPEN, Answer, Lab, Result, table, verdict
 from .methods import METHODS, RANKS, TITLES, train
 
-TUNING_SEED = 100
+TUNING_SEED = 100  # used for nothing else
 KEPT = ("lora-qv-r8", "lora-qv-r64")  # adapters that other stages read
 MARGIN = 0.01  # of accuracy: what counts as on par
-Row = tuple[list[int], int]
+Row = dict[str, Any]  # what the tokenizer makes of a sentence, and its label
 
 
 class Classifier(nn.Module):
-    """An encoder, the mean over its tokens, and a linear head with two outputs."""
+    """An encoder, the mean over its tokens, and a linear head: two outputs for each row's label."""
 
-    def __init__(self, encoder: Any) -> None:
+    def __init__(self, encoder: Any, tokenizer: Any) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.tokenizer = encoder, tokenizer
         self.head = nn.Linear(encoder.config.hidden_size, 2)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return self.head(mean_of_tokens(states, mask))
+    def forward(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        inputs = self.tokenizer.pad(rows, return_tensors="pt")
+        labels = inputs.pop("labels")
+        states = self.encoder(**inputs).last_hidden_state
+        return self.head(mean_of_tokens(states, inputs["attention_mask"])), labels
 
 
 def fine_tune(lab: Lab, name: str, seed: int, rate: float, part: str, kind: str) -> Result:
@@ -47,24 +48,18 @@ def fine_tune(lab: Lab, name: str, seed: int, rate: float, part: str, kind: str)
     head_rate = rate if name == "head" else rate_of(lab, "head")
     sentences = lab.sentences(kind)
     encoder, tokenizer = lab.encoder()
-    rows = encode(tokenizer, sentences.train, lab.sizes.max_tokens)
-    measured = encode(tokenizer, getattr(sentences, part), lab.sizes.max_tokens)
+    rows = encode(lab, tokenizer, sentences.train)
+    measured = encode(lab, tokenizer, getattr(sentences, part))
     torch.manual_seed(seed)
-    model = Classifier(encoder).eval()
+    model = Classifier(encoder, tokenizer).eval()
     METHODS[name].apply(model)
     if not li.adapters(model):
         model.head.requires_grad_(True)
-    head = {id(p) for p in model.head.parameters()}  # an adapter's copy of it sits there as well
-    trained = [p for p in model.parameters() if p.requires_grad]
-    others = [p for p in trained if id(p) not in head]
-    groups = [{"params": [p for p in trained if id(p) in head], "lr": head_rate}]
-    groups += [{"params": others, "lr": rate}] if others else []
-
-    def loss(batch: Sequence[Row]) -> Tensor:
-        ids, mask, labels = collate(batch)
-        return nn.functional.cross_entropy(model(ids, mask), labels)
-
-    train(groups, batches(rows, lab.sizes.batch, seed), loss)
+    head = [p for p in model.head.parameters() if p.requires_grad]  # or an adapter's copy of it
+    others = [*{p for p in model.parameters() if p.requires_grad} - {*head}]
+    groups = [{"params": head, "lr": head_rate}, {"params": others, "lr": rate}]
+    cut = batches(rows, lab.sizes.batch, seed)
+    train(groups, cut, lambda batch: nn.functional.cross_entropy(*model(batch)))
     if name in KEPT and part == "test":
         li.save_adapter(model, kept(lab, name, seed, kind), format="native", overwrite=True)
     return {"parameters": sum(p.numel() for p in others), "right": evaluate(model, measured)}
@@ -75,22 +70,25 @@ def kept(lab: Lab, name: str, seed: int, kind: str = "movies") -> Path:
     return lab.folder / f"{name}-seed{seed}-{kind}.safetensors"
 
 
-def evaluate(model: nn.Module, rows: Sequence[Row]) -> list[int]:
+def encode(lab: Lab, tokenizer: Any, snippets: Sequence[Snippet]) -> list[Row]:
+    """Tokens, mask and label of each sentence."""
+    cut = {"truncation": True, "max_length": lab.sizes.max_tokens, "return_token_type_ids": False}
+    return [{**tokenizer(snippet.text, **cut), "labels": snippet.label} for snippet in snippets]
+
+
+def evaluate(model: Classifier, rows: Sequence[Row]) -> list[int]:
     """For each row, the shortest first, whether the model is right: 1 or 0."""
-    rows = sorted(rows, key=lambda row: len(row[0]))
+    rows = sorted(rows, key=n_tokens)
     right: list[int] = []
     with torch.inference_mode():
         for start in range(0, len(rows), 64):
-            ids, mask, labels = collate(rows[start : start + 64])
-            right += (model(ids, mask).argmax(1) == labels).int().tolist()
+            outputs, labels = model(rows[start : start + 64])
+            right += (outputs.argmax(1) == labels).int().tolist()
     return right
 
 
-def encode(tokenizer: Any, snippets: Sequence[Snippet], max_tokens: int) -> list[Row]:
-    """Tokens and label of each sentence."""
-    texts = [snippet.text for snippet in snippets]
-    ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
-    return [(row, snippet.label) for row, snippet in zip(ids, snippets, strict=True)]
+def n_tokens(row: Row) -> int:
+    return len(row["input_ids"])
 
 
 def batches(rows: Sequence[Row], size: int, seed: int) -> list[list[Row]]:
@@ -100,17 +98,9 @@ def batches(rows: Sequence[Row], size: int, seed: int) -> list[list[Row]]:
     cut: list[list[Row]] = []
     for start in range(0, len(order), 8 * size):
         near = [rows[row] for row in order[start : start + 8 * size]]
-        near.sort(key=lambda row: len(row[0]))
+        near.sort(key=n_tokens)
         cut += [near[i : i + size] for i in range(0, len(near), size)]
     return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
-
-
-def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, mask (n, length) and labels (n,)."""
-    tokens = [torch.tensor(ids) for ids, _ in rows]
-    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)
-    return ids, mask, torch.tensor([label for _, label in rows])
 
 
 def rate_of(lab: Lab, name: str) -> float:
