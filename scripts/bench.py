@@ -50,19 +50,19 @@ def main() -> None:
     if unknown := [name for name in args.rows if name not in choices]:
         parser.error(f"no such row: {', '.join(unknown)}. Rows: {', '.join(ROWS)}")
     torch.set_num_threads(args.threads)
-    torch.set_default_device(args.device)
     clock(args.clock)
     path = args.json or Path(tempfile.mkdtemp()) / "results.json"
     here = report.machine(args.device)
-    for name in args.rows or ROWS:
-        if name == "none":
-            continue
-        title = (ROWS[name].__doc__ or "").strip()
-        print(f"\n{name}: {title}", flush=True)
-        about = {"title": title, "date": time.strftime("%Y-%m-%d"), "load": os.getloadavg()[0]}
-        result = ROWS[name](Options(args.quick, args.rounds))
-        gc.collect()
-        report.add(path, here, name, result, {**about, "quick": args.quick})
+    with torch.device(args.device):
+        for name in args.rows or ROWS:
+            if name == "none":
+                continue
+            title = (ROWS[name].__doc__ or "").strip()
+            print(f"\n{name}: {title}", flush=True)
+            about = {"title": title, "date": time.strftime("%Y-%m-%d"), "load": os.getloadavg()[0]}
+            result = ROWS[name](Options(args.quick, args.rounds))
+            gc.collect()
+            report.add(path, here, name, result, {**about, "quick": args.quick})
     found = json.loads(path.read_text(encoding="utf-8"))
     print("\n" + report.table(found))
     if args.picture is not None:
