@@ -146,8 +146,8 @@ def analyze(
         )
     written = [] if pictures is None else analysis.draw_pictures(pictures, figures)
     if report is not None:
-        title = "/".join(adapter.parts[-2:])  # the name alone may be `adapter`
-        name = other.name if other else ""
+        # The last name alone may be `adapter`.
+        title, name = ("/".join(path.parts[-2:]) if path else "" for path in (adapter, other))
         page = analysis.report(figures, state, title, other=name)
         written.append(analysis.write_report(report, page))
     listing.show(figures, written=[str(path) for path in written])
