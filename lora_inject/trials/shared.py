@@ -167,7 +167,8 @@ def told_by(batch: Any) -> tuple[Any, list[Any]]:
         What is compared by value, and what by identity.
     """
     leaves, form = tree_flatten(batch)
-    values, objects = list[Any](), list[Any]()
+    values: list[Any] = []
+    objects: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             values.append((leaf.dtype, leaf.dim(), None if leaf.dim() else leaf.item()))
