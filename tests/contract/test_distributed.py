@@ -5,7 +5,9 @@ Each trains on its half of a batch, and alone on both halves, in float64, and co
 
 import copy
 import dataclasses
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -120,6 +122,14 @@ def checkpointed(model: Any) -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)).double()
+
+
+RULE = {"rank": 2, "alpha": 3.0, "targets": ["0"]}
 
 
 # -------------------------------------------------------------------------------------- training
@@ -460,6 +470,74 @@ def what_cannot_be_gathered_is_refused_by_every_process(folder: Path) -> None:
     assert all(name in each for name, each in zip(names, words, strict=True))
 
 
+# ------------------------------------------------------------ what FSDP2 is told, and what it lacks
+
+EACH = RULE | {"targets": [r"\d"]}
+
+
+def x() -> Tensor:
+    return torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)
+
+
+def gradients_are_divided_as_the_base_s(folder: Path) -> None:
+    model = sharded(two_layers())
+    model.set_gradient_divide_factor(1.0)
+    filled(li.inject(model, EACH))
+    plain = filled(li.inject(two_layers(), EACH))
+    for each, inputs in ((model, x().chunk(WORLD)[dist.get_rank()]), (plain, x())):
+        each(inputs).square().sum().backward()
+    gradients = {key: whole(p.grad) for key, p in li.adapter_parameters(model).items()}
+    near(gradients, {key: p.grad for key, p in li.adapter_parameters(plain).items()}, 1e-12)
+
+
+def the_policy_is_the_base_s(folder: Path, *, late: bool) -> None:
+    """A and B are gathered in the dtype of the base's policy."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model, seen = two_layers().float(), set[torch.dtype]()
+    verbs = [
+        lambda: filled(li.inject(model, EACH)),
+        lambda: sharded(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)),
+    ]
+    for verb in reversed(verbs) if late else verbs:
+        verb()
+    model[0].register_forward_pre_hook(
+        lambda layer, _: seen.update(p.dtype for p in layer._parameters.values())
+    )
+    model(x().float())
+    assert seen == {torch.bfloat16}
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.attention(inputs, inputs, inputs)[0].tanh()
+
+
+def what_a_parent_reads_is_refused(folder: Path) -> None:
+    for more in ({}, {"bias": "adapted"}):
+        model = sharded(Attends().double())
+        with refused(li.LayerError, "attention.out_proj", "shard"):
+            li.inject(model, RULE | {"targets": ["out_proj"], **more})
+        model(x()[None])  # it is as it was
+
+
+def single_tokens_are_refused_on_columns_and_rows(folder: Path, *, late: bool) -> None:
+    from torch.distributed.tensor import Replicate, parallel
+
+    tokens = {"rank": 2, "targets": [], "tokens": {"0": [1, 5]}}
+    model = nn.Sequential(nn.Embedding(8, 4)).double()
+    if not late:
+        li.inject(model, tokens)
+    plan = {"0": parallel.RowwiseParallel(input_layouts=Replicate())}
+    parallel.parallelize_module(model, mesh(WORLD), plan)
+    with refused(li.LayerError, "fully_shard"):
+        li.inject(model, tokens) if late else model(torch.arange(8)[None])
+
+
 SHARDINGS = {"FSDP2": by_fsdp2, "columns and rows": by_columns_and_rows}
 JOBS: dict[str, Callable[[Path], None]] = {
     **{f"FSDP2 on meta: {name}": partial(fsdp2_on_meta, config=c) for name, c in META.items()},
@@ -474,6 +552,8 @@ JOBS: dict[str, Callable[[Path], None]] = {
     "FSDP2: a stage saves": a_stage_saves_its_shards,
     "FSDP2: state dicts": state_dicts_of_shards_say_what_they_mean,
     "FSDP2: refusals": what_cannot_be_gathered_is_refused_by_every_process,
+    "FSDP2: the divisor": gradients_are_divided_as_the_base_s,
+    "FSDP2: a layer that its parent reads": what_a_parent_reads_is_refused,
     "FSDP1, checkpointed": fsdp1_trains,
     "DDP": ddp_trains,
     "DDP, static graph": partial(ddp_trains_two_adapters, active=MIX, static_graph=True),
@@ -481,6 +561,10 @@ JOBS: dict[str, Callable[[Path], None]] = {
     "tensor parallel": tensor_parallel_trains,
     "whoever saves": whoever_saves_there_is_one_adapter,
 }
+for order, late in (("inject first", False), ("shard first", True)):
+    JOBS[f"FSDP2: the policy, {order}"] = partial(the_policy_is_the_base_s, late=late)
+    tokens = partial(single_tokens_are_refused_on_columns_and_rows, late=late)
+    JOBS[f"FSDP2 is the remedy for single tokens, {order}"] = tokens
 for how, shard in SHARDINGS.items():
     JOBS[f"{how}: PEFT's tensors"] = partial(peft_state_is_gathered, shard=shard)
     for case in SENT:
@@ -535,14 +619,6 @@ def by_columns(model: nn.Module) -> nn.Module:
     from torch.distributed.tensor import parallel
 
     return parallel.parallelize_module(model, mesh(1), {"0": parallel.ColwiseParallel()})
-
-
-def two_layers() -> nn.Sequential:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)).double()
-
-
-RULE = {"rank": 2, "alpha": 3.0, "targets": ["0"]}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -606,14 +682,13 @@ def test_the_first_forward_of_shards_may_be_in_a_context(
         filled(li.inject(plain, {"rank": 2, "targets": [target]}, name), name)
     model = copy.deepcopy(plain)
     sharded(model, *model)
-    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 
     def run(of: nn.Module) -> Tensor:
-        with li.routed(of, ["a", "b", None]) if routes else li.disabled(of):
-            return of(x).tanh()
+        with li.routed(of, ["a", "b", None] * 2) if routes else li.disabled(of):
+            return of(x()).tanh()
 
     torch.testing.assert_close(run(model), run(plain))
-    torch.testing.assert_close(model(x).tanh(), plain(x).tanh())
+    torch.testing.assert_close(model(x()).tanh(), plain(x()).tanh())
 
 
 def of_two_adapters() -> nn.Module:
@@ -680,3 +755,36 @@ def test_layers_wrapped_for_activation_checkpointing(when: str, how: str) -> Non
     same(values(model), values(wanted))
     li.eject(model)
     assert torch.equal(model(x), plain(x))
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("order", ["inject first", "shard first"])
+def test_a_sharded_model_goes_with_its_last_reference(order: str, one_rank: None) -> None:
+    gone = list[weakref.ref[Any]]()
+    for _ in range(10):
+        model = two_layers()
+        if order == "inject first":
+            sharded(li.inject(model, EACH), *model)
+        else:
+            li.inject(sharded(model), EACH)
+        model(x()).square().sum().backward()
+        li.activate(model, "default")
+        gone += [weakref.ref(each) for each in (model, *model.parameters())]
+        del model
+        gc.collect()
+        assert not any(ref() is not None for ref in gone)
+
+
+@needs_fsdp2
+def test_what_an_adapter_moves_is_sampled_of_shards_too(one_rank: None) -> None:
+    """Else its own merged base passes for its base."""
+    marks = []
+    for shard in (sharded, lambda model: model):
+        torch.manual_seed(0)
+        model = li.inject(nn.Sequential(nn.Embedding(64, 8)), {"rank": 2, "targets": ["0"]})
+        with torch.no_grad():
+            for parameter in li.adapter_parameters(model).values():
+                parameter.copy_(torch.eye(*parameter.shape))  # it moves two tokens
+        marks.append(li.adapter_state(shard(model)).fingerprint)
+    assert marks[0] == marks[1]
+    assert marks[0]["0.weight"].moved
