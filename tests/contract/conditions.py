@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from conftest import COPIES, fill
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
@@ -178,6 +179,10 @@ def compiled(model: Any, kind: Kind, x: Sequence[Tensor]) -> Tensor:
     return torch.compile(model, fullgraph=True, backend="aot_eager")(*x)
 
 
+def traced(model: Any, kind: Kind, x: Sequence[Tensor]) -> Tensor:
+    return make_fx(model)(*x)(*x)
+
+
 def autocast(_: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16)
 
@@ -278,5 +283,6 @@ CONDITIONS: dict[str, Condition] = {
         kinds=[name for name in KINDS if name != "bilinear"],  # which torch has no rule for
     ),
     "read by another": Condition(call=read_by_another),
+    "traced": Condition(call=traced, trains="nothing"),
     "compiled": Condition(call=compiled, kinds=COMPILED),
 }

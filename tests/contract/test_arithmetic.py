@@ -294,3 +294,37 @@ def test_compute_float32_keeps_gradients_right_over_a_16_bit_base(kind: str, rou
         errors[compute] = max(error(t.grad, w.grad) for t, w in zip(leaves, twins, strict=True))
     assert errors["float32"] < 1e-6
     assert errors["base"] > 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_the_low_rank_of_a_16_bit_base_is_in_16_bits_for_any_number_of_tokens(tokens: int) -> None:
+    # In float32 256 (1 + 2^-10) - 256 is 1/4, and in bfloat16 it is 0: exactly, in any order.
+    model = nn.Sequential(nn.Linear(2, 1, bias=False, dtype=torch.bfloat16))
+    nn.init.zeros_(model[0].weight)
+    li.inject(model, {"rank": 1, "alpha": 1.0, "compute": "base", "targets": ["0"]})
+    factors = li.adapter_parameters(model)
+    with torch.no_grad():
+        factors["0.lora_A"].copy_(torch.tensor([[1 + 2**-10, -1.0]]))
+        factors["0.lora_B"].fill_(1.0)
+    x = torch.full((tokens, 2), 256.0, dtype=torch.bfloat16)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            assert torch.equal(model(x), torch.zeros(tokens, 1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", [{}, {"dropout": 0.5}, {"slices": ["q", "k"], "adapt": ["q"]}])
+def test_a_backward_inside_autocast_gives_the_gradients_of_one_outside(
+    dtype: torch.dtype, rule: dict[str, Any]
+) -> None:
+    config = {"rank": 2, "compute": "float32", "targets": [{"match": "layer", **rule}]}
+    model = fill(li.inject(Host(nn.Linear(4, 6)).to(dtype), config))
+    x = torch.randn(5, 4, dtype=dtype, requires_grad=True)
+    leaves, gradients = [x, *li.adapter_parameters(model).values()], []
+    for inside in (True, False):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).float().square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(loss, leaves))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(*gradients, strict=True))

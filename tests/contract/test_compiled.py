@@ -272,3 +272,12 @@ def test_compiled_before_or_after_inject(first: str) -> None:
     assert error(model(x), wanted) < EXACT
     li.eject(li.unmerge(model))
     assert same_bits(model(x), plain(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_compiled_model_may_be_frozen_by_inductor() -> None:
+    model, x = layers()
+    fill(li.inject(model, {"rank": 2, "targets": ["0"]})).eval()
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        assert error(torch.compile(model)(x), model(x)) < 1e-5

@@ -121,8 +121,8 @@ def test_base_names_objects_and_order_stay(kind: Kind) -> None:
         assert isinstance(module, classes[name])
         assert type(module).__name__ == classes[name].__name__
     assert len(after) == len(parameters) + 2
-    # Whoever fetches a Parameter gets the raw one.
-    assert model.get_parameter(kind.key) is parameters[kind.key]
+    # Whoever fetches a Parameter gets the raw one, and those of the adapter too.
+    assert all(model.get_parameter(name) is p for name, p in after.items())
 
 
 @every_kind

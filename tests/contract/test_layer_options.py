@@ -51,6 +51,18 @@ def test_convolutions(name: str) -> None:
     hold(plain, model, lambda m: m(x))
 
 
+def test_a_sparse_bag_trains_its_adapter() -> None:
+    sparse, bag = (nn.EmbeddingBag(7, 4, sparse=s) for s in (True, False))
+    bag.load_state_dict(sparse.state_dict())
+    ids, gradients = torch.tensor([[1, 2, 2], [3, 4, 6]]), []
+    for layer in (sparse, bag):
+        torch.manual_seed(0)
+        model = adapted(Host(layer).double(), r"layer\.weight")
+        model(ids).square().sum().backward()
+        gradients.append([p.grad.to_dense() for p in li.adapter_parameters(model).values()])
+    assert all(error(got, wanted) < 1e-12 for got, wanted in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}], ids=str)
 def test_embedding_options_keep_their_gradients(options: dict[str, Any]) -> None:
     kind = Kind(lambda: nn.Embedding(7, 5, **options), (7, 5), ["ids"], transposed=True)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TOLERANCE, error, fill, same_bits, snapshot
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from contract.kinds import KINDS, conv1d, injected
+from contract.kinds import KINDS, SCALE, Mix, conv1d, injected
 
 Grads = dict[str, Tensor | None]
 SLICED = {"match": "qkv", "slices": ["q", "k", "v"], "adapt": ["q", "v"], "rank": 1}
@@ -349,12 +350,64 @@ def test_values_that_were_swapped_since_the_forward_are_not_recomputed_with(mode
     backward(y)
 
 
-@pytest.mark.parametrize(("which", "named"), [({"a": float("nan")}, "nan"), (["a"], "list")])
+NO_WEIGHTS: list[tuple[Any, str]] = [
+    (["a"], "list"),
+    ({"a": float("nan")}, "nan"),
+    ({"a": np.float64("nan")}, "nan"),
+    ({"a": -float("inf")}, "-inf"),
+    ({"a": 1e300}, "1e+300"),  # a forward in float32 overflows
+]
+
+
+@pytest.mark.parametrize(("which", "named"), NO_WEIGHTS)
 def test_activate_refuses(which: Any, named: str) -> None:
     model = net()
     with refused(li.StateError, "activate", named, model=model):
         li.activate(model, which)
     assert li.adapters(model)["a"].active
+
+
+def test_a_weight_of_numpy_is_a_number_as_any_other() -> None:
+    model = net()
+    half = li.activate(model, {"a": 0.5})(X)
+    assert not same_bits(li.activate(model, "a")(X), half)
+    assert same_bits(li.activate(model, {"a": np.float32(0.5)})(X), half)
+
+
+class ReadsTwice(Mix):
+    """Multiplies with its matrix once as it is and once after something else was switched on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between: Callable[[], Any] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = super().forward(x)
+        self.between()
+        return torch.cat([first, super().forward(x)])
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("verb", ["activate", "inject"])
+def test_a_second_read_in_one_forward_sees_who_takes_part_by_then(
+    verb: str, with_gradients: bool
+) -> None:
+    model, x = ReadsTwice().double(), torch.randn(3, 5, dtype=torch.float64)
+
+    def put_on(name: str) -> None:
+        fill(li.inject(model, KINDS["parameter"].config | {"targets": ["matrix"]}, name), name)
+
+    put_on("first")
+    model.between = lambda: put_on("second")
+    if verb == "activate":
+        put_on("second")
+        li.activate(model, "first")
+        model.between = lambda: li.activate(model, "second")
+    with torch.set_grad_enabled(with_gradients):
+        y = model(x)
+    sites = [li.adapter_state(model, name).sites["matrix"] for name in ("first", "second")]
+    W = model.get_parameter("matrix")
+    assert error(y, torch.cat([x @ (W + SCALE * site.B @ site.A).t() for site in sites])) < 1e-12
 
 
 ROUTABLE = [name for name, kind in KINDS.items() if kind.update == "forward"]

@@ -124,6 +124,13 @@ def test_another_form_or_base_is_refused_and_nothing_changes(other: str) -> None
         li.swap_adapter(net, change(state), "slot")
 
 
+def test_the_best_values_so_far_are_not_lost_by_swapping_them_in_from_the_model() -> None:
+    net, _ = two()
+    best = li.adapter_state(net, "slot")  # of the model's own tensors, which train on
+    with refused(li.LoraInjectError, "slot", "copy", model=net):
+        li.swap_adapter(net, best, "slot")
+
+
 def test_a_start_from_W_is_not_a_plain_adapter() -> None:
     net, _ = two({**RULE, "targets": ["up"]})
     _, derived = two({**RULE, "targets": ["up"], "init": "pissa"})

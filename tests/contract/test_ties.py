@@ -259,6 +259,18 @@ def test_a_tied_tensor_that_trains_is_one_copy_read_under_both_names(entry: str)
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("left_out", ["embeddings", "decoder"])
+def test_a_model_of_which_one_end_trains_is_merged(left_out: str) -> None:
+    plain = TIED["bert"].build().double()
+    rule = {"rank": 2, "targets": ["query"], "train": ["word_embeddings"]}
+    state = li.adapter_state(fill(li.inject(copy.deepcopy(plain), rule)))
+    del state.trained[next(name for name in state.trained if left_out in name)]
+    model = li.install(plain, state)
+    due = TIED["bert"].outputs(model)
+    li.merge(model)
+    assert error(TIED["bert"].outputs(model), due) < EXACT
+
+
 # ------------------------------------------------------------------ odd cases of a live model
 
 
@@ -350,6 +362,8 @@ def test_a_tie_that_was_cut_is_in_the_report_and_stops_an_eject_in_the_same_call
     assert report.notes == ("untied: 'head.weight' no longer is the tensor of 'embed.weight'",)
     assert report.notes[0] in report.text(width=1000)
     assert report.tensors["head.weight"].action == "untied"
+    with refused(li.LoraInjectError, "head.weight", "embed.weight", model=model):
+        li.eject(model)  # its class would tie them again
 
 
 @pytest.mark.skipif(

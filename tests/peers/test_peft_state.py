@@ -137,6 +137,20 @@ def test_transformers_and_peft_find_the_base_of_a_saved_adapter(tmp_path: Path) 
     assert (told["base_model_name_or_path"], told["task_type"]) == (None, None)
 
 
+def test_an_adapter_is_not_counted_twice_by_the_methods_of_transformers(tmp_path: Path) -> None:
+    model = with_adapter(tiny_llama().eval(), ["q_proj"])
+    path = li.save_adapter(model, tmp_path / "a")
+    wanted = logits(model)
+    for method in (model.load_adapter, model.model.load_adapter):
+        with refused(li.StateError, "lora_inject.load_adapter", model=model):
+            method(str(path))
+    for method in (model.disable_adapters, model.enable_adapters, model.set_adapter):
+        with refused(li.StateError, "lora_inject.", model=model):
+            method("default")
+    li.eject(model).load_adapter(str(path))  # as before
+    assert error(logits(model), wanted) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("name", "task"),
     [
