@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lora_inject.core.functional.factors import Update, compute_dtype
 from lora_inject.core.functional.plain_operations import add_updates, embedding
 from lora_inject.core.functional.torch_inside import constant_in_graphs
+from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import factors_of, held_by
 from lora_inject.core.layers.kinds import LoRAEmbedding, LoRALinear
 from lora_inject.core.layers.selection import SELECTIONS, Mix, Selected, alive
@@ -60,7 +61,7 @@ class ChosenMix(Mix):
         super().__init__(mix.names)
         self.choice = Choice([(number_of(n), w) for n, w in mix.names.items()], devices)
 
-    def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, layer: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a layer with what the tensor chooses."""
         # The tensor tells how many are chosen; a look at the names would make them constants.
         if not isinstance(layer, _BY_DATA):
@@ -82,7 +83,7 @@ class ChosenMix(Mix):
         x = layer._lora_input(args, kwargs)
         return add_updates(y, x, [chosen], float32=attached.float32)
 
-    def _by_names(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _by_names(self, layer: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if layer._lora.gains and not GRAPHS_HAVE_GAINS and torch.compiler.is_compiling():
             fullgraph_of_an_adapter_with_a_gain_as_dora_needs_torch_2_9()
         return layer._lora_mixed(self, args, kwargs)
@@ -104,11 +105,11 @@ class ChosenRows(Rows):
             pairs = [(number_of(row[0][0]), 1.0) if row else (-1, 1.0) for row in rows.rows]
             self.choice = Choice(pairs, devices)
 
-    def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, layer: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a layer with the adapter of each row."""
         attached = layer._lora
-        by_data = self.are_data and isinstance(layer, _BY_DATA)
-        if not by_data or attached.reads or attached.gains:
+        apart = not self.are_data or attached.reads or attached.gains
+        if apart or not isinstance(layer, _BY_DATA):
             return fullgraph_cannot_route_mixes_nor_a_layer_that_runs_for_each_adapter(
                 self.of, layer, args, kwargs
             )
@@ -139,13 +140,13 @@ def fullgraph_of_an_adapter_with_a_gain_as_dora_needs_torch_2_9() -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # it enters contexts, as no graph does
 def fullgraph_cannot_route_mixes_nor_a_layer_that_runs_for_each_adapter(
-    rows: Rows, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    rows: Rows, layer: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Compute a layer outside of the graph; dynamo shows this name under `fullgraph=True`."""
     return rows.forward(layer, args, kwargs)
 
 
-def eligible(layer: Any, names: Mapping[str, float]) -> tuple[list[int], list[list[Update]]]:
+def eligible(layer: Adapted, names: Mapping[str, float]) -> tuple[list[int], list[list[Update]]]:
     """Return the numbers of the adapters among which a compiled graph chooses, and their updates.
 
     Those that train must be constants of a graph where gradients are asked for: it cannot leave one

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lora_inject.core.functional.factors import Update
+from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import factors_of, held_by
 from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward
 from lora_inject.core.layers.selection import Mix, Selected
@@ -73,24 +74,25 @@ class TrialRows(Rows):
 
     # ------------------------------------------------------------------------------------ seams
 
-    def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, layer: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a layer with the adapter of each row, or of the only trial."""
         if self.lone is None:
             return super().forward(layer, args, kwargs)
-        recipes = layer._lora.recipes(self._whole) if isinstance(layer, LoRALinear) else ()
-        if not any(recipe.dropout for recipe in recipes):
-            return self._whole.forward(layer, args, kwargs)
-        return self._alone(layer, self.lone, args, kwargs)
+        if isinstance(layer, LoRALinear):
+            recipes = layer._lora.recipes(self._whole)
+            if any(recipe.dropout for recipe in recipes):
+                return self._alone(layer, self.lone, args, kwargs)
+        return self._whole.forward(layer, args, kwargs)
 
     def read(
-        self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
+        self, layer: Adapted, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
     ) -> Any:
         """Return W + delta of the only trial; of several its values are those of none."""
         if self.lone is None:
             return super().read(layer, param, raw, entries, outside=outside)
         return self._whole.read(layer, param, raw, entries, outside=outside)
 
-    def drops(self, layer: Any) -> bool:
+    def drops(self, layer: nn.Module) -> bool:
         """Return whether dropout of adapters acts in a layer: in any mode of the base."""
         del layer
         return self.seeds is not None
@@ -102,7 +104,7 @@ class TrialRows(Rows):
         of = self.of._replace(sizes=sizes, lengths=lengths)
         return TrialRows(of, self.seeds, self.numbers, self.lengths)
 
-    def number_of_rows(self, layer: Any, x: Tensor) -> int | None:
+    def number_of_rows(self, layer: Adapted, x: Tensor) -> int | None:
         """Return how long the first axis of an input is; None if that is not the rows.
 
         A layer gets all positions of each row, or always as many, or always as many more. What got
@@ -121,7 +123,7 @@ class TrialRows(Rows):
     # ------------------------------------------------------------------------------------- dropout
 
     def dropped(
-        self, layer: Any, x: Tensor, taking: Taking, adapters: list[list[Update]]
+        self, layer: Adapted, x: Tensor, taking: Taking, adapters: list[list[Update]]
     ) -> tuple[Tensor, list[list[Update]]]:
         """Return the input of the adapters after the dropout of each trial."""
         p = {entry.adapter: entry.spec.dropout for entry in taking.entries if entry.spec}
@@ -132,7 +134,9 @@ class TrialRows(Rows):
             x = torch.cat([self._drop(layer, n, part, p.get(n, 0.0)) for n, part in named])
         return x, [[u._replace(dropout=0.0) for u in updates] for updates in adapters]
 
-    def _alone(self, layer: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _alone(
+        self, layer: LoRALinear, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Compute a linear layer of one trial that has dropout."""
         recipes = layer._lora.choose(self._whole)  # notes the use
         x = layer._lora_input(args, kwargs)
@@ -141,7 +145,7 @@ class TrialRows(Rows):
         gain = gain_in_forward(layer, self._whole, recipes)
         return layer._lora_dropped(args, kwargs, kept, updates, gain)
 
-    def _drop(self, layer: Any, name: str, x: Tensor, p: float) -> Tensor:
+    def _drop(self, layer: Adapted, name: str, x: Tensor, p: float) -> Tensor:
         """Drop elements of one trial's rows, drawn for what is not padded; the rest stays."""
         if not p or self.seeds is None:
             return x

@@ -30,7 +30,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lora_inject.core.functional.lazy import LazyWeight
 from lora_inject.core.functional.patches import patch
 from lora_inject.core.functional.torch_inside import runs_plainly
-from lora_inject.core.layers.attached import Attached, held_by
+from lora_inject.core.layers.attached import Carrier, held_by
 from lora_inject.core.layers.checkpointing import check_live_checkpoint
 from lora_inject.core.layers.library import check_not_offloaded
 from lora_inject.core.layers.reading import (
@@ -49,21 +49,16 @@ from lora_inject.core.spec.sites import Geometry
 from lora_inject.errors import LayerError
 
 
-class Adapted(nn.Module):
+class Adapted(Carrier):
     """Mixin of every swapped class."""
 
     kind: ClassVar[str] = ""
     # The classes of this kind's layers.
     classes: ClassVar[tuple[type[nn.Module], ...]] = ()
-    # Name of the layer's weight among its parameters.
-    weight_name: ClassVar[str] = "weight"
     # Set on each swapped class by `adapted_class`.
-    _lora_plain: ClassVar[type[nn.Module]]
     _lora_mixin: ClassVar[type[Adapted]]
     _lora_reads: ClassVar[frozenset[str]]
     _lora_stock: ClassVar[bool]
-    # Set on each module by `swap`.
-    _lora: Attached
 
     @classmethod
     def matches(cls, layer: type[nn.Module]) -> bool:
@@ -114,13 +109,6 @@ class Adapted(nn.Module):
             check_not_offloaded(self)
         elif any(t.requires_grad for t in tensors):
             check_live_checkpoint()
-
-    def _lora_raw(self, param: str) -> Any:
-        """Return a parameter, or the tensor that FSDP1 or DataParallel has put in its place."""
-        for held in (self._parameters, self.__dict__):
-            if param in held:
-                return held[param]
-        return super().__getattr__(param)  # raises
 
     # As `Mix.read` calls it, which stands below `reading`.
     _lora_read_mixed = read_mixed

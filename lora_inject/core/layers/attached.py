@@ -11,7 +11,7 @@ import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -286,6 +286,28 @@ class Attached:
 
 def _without(adapter: str, table: Mapping[str, Entry]) -> Mapping[str, Entry]:
     return {name: entry for name, entry in table.items() if name != adapter}
+
+
+class Carrier(nn.Module):
+    """A module that carries adapters, as those see it that its class is built of (`adapted`)."""
+
+    # Name of the layer's weight among its parameters.
+    weight_name: ClassVar[str] = "weight"
+    # Set on each swapped class: the class without adapters.
+    _lora_plain: ClassVar[type[nn.Module]]
+    # Set on each module.
+    _lora: Attached
+
+    def _lora_raw(self, param: str) -> Any:
+        """Return a parameter, or the tensor that FSDP1 or DataParallel has put in its place."""
+        for held in (self._parameters, self.__dict__):
+            if param in held:
+                return held[param]
+        return super().__getattr__(param)  # raises
+
+    def _lora_check_vain(self, tensors: Iterable[Tensor]) -> None:
+        """Raise if adapters should train but no gradient would reach them."""
+        raise NotImplementedError
 
 
 def attached_to(module: nn.Module) -> Attached | None:

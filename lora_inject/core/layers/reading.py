@@ -29,7 +29,14 @@ from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.lazy import formed, lazy_weight
 from lora_inject.core.functional.torch_inside import in_forward, is_watched, saving_hooks
 from lora_inject.core.functional.weight import reads_as_sum
-from lora_inject.core.layers.attached import GATHERED, Attached, Entry, check_mixed, held_by
+from lora_inject.core.layers.attached import (
+    GATHERED,
+    Attached,
+    Carrier,
+    Entry,
+    check_mixed,
+    held_by,
+)
 from lora_inject.core.layers.library import knowing
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.core.layers.weight_kinds import PLAIN
@@ -71,7 +78,7 @@ def keeping(attached: Attached, *, replaces: bool = False) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------- who reads
 
 
-def read_attribute(layer: Any, param: str) -> Any:
+def read_attribute(layer: Carrier, param: str) -> Any:
     """Return what the attribute of an adapted parameter reads as, by the table above.
 
     Raises:
@@ -103,13 +110,13 @@ def read_attribute(layer: Any, param: str) -> Any:
 
 
 def effective_value(
-    layer: Any, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
+    layer: Carrier, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
 ) -> Any:
     """Return W + delta, with the entries of the current selection."""
     return layer._lora.selection.current().read(layer, param, raw, entries, outside=outside)
 
 
-def formed_weight(layer: Any) -> Any:
+def formed_weight(layer: Carrier) -> Any:
     """Return the weight with all updates, for a product that cannot be added to."""
     attached = layer._lora
     name = layer.weight_name
@@ -158,7 +165,7 @@ def _check_not_symbolic() -> None:
 
 
 def read_mixed(
-    layer: Any, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
+    layer: Carrier, param: str, raw: Any, taking: list[tuple[Entry, float]], *, outside: bool
 ) -> Any:
     """Return W + delta, of the entries of a mix that are on a parameter."""
     if _is_tracing():
@@ -189,7 +196,7 @@ def _read_so_far(attached: Attached) -> dict[Hashable, Tensor] | None:
     return cache if now is then or (now and then and now[0] is then[0]) else None
 
 
-def _other(layer: Any, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
+def _other(layer: Carrier, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
     """Return the value of a sharded or a quantized weight.
 
     Tensor parallelism computes with shards. Where a quantized weight is read by others than its
@@ -213,7 +220,9 @@ def _other(layer: Any, raw: Any, taking: list[tuple[Entry, float]], outside: boo
     return lazy_weight(stand_in, (), used=used)
 
 
-def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outside: bool) -> Tensor:
+def _effective(
+    layer: Carrier, raw: Tensor, taking: list[tuple[Entry, float]], outside: bool
+) -> Tensor:
     """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
     held = held_by(layer)
     value = raw
@@ -245,7 +254,7 @@ def _effective(layer: Any, raw: Tensor, taking: list[tuple[Entry, float]], outsi
     return value
 
 
-def _is_read(layer: Any, entry: Entry) -> None:
+def _is_read(layer: Carrier, entry: Entry) -> None:
     """Note that an entry takes part, and refuse dropout, which a weight cannot express."""
     if torch.compiler.is_compiling():
         return
@@ -293,7 +302,7 @@ def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
 # ----------------------------------------------------------------- forwards that read their weights
 
 
-def run_reading(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_reading(layer: Carrier, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the plain forward of a layer, in which each effective weight is formed once."""
     forward = layer._lora_plain.forward
     if torch.compiler.is_compiling():
@@ -319,7 +328,7 @@ def run_reading(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 # nor restores it. No name and no dtype tells it from a constant, so each forward in training does.
 
 
-def _saved_buffers(layer: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def _saved_buffers(layer: Carrier) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the saved buffers of a layer that trains a copy, with their values."""
     if is_watched() or not any(e.spec is None and e.scale is None for e in layer._lora.entries()):
         return {}

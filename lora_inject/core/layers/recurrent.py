@@ -15,23 +15,23 @@ import torch
 from torch import nn
 
 from lora_inject.core.functional.lazy import formed
-from lora_inject.core.layers.attached import attached_to
+from lora_inject.core.layers.attached import Carrier, attached_to
 from lora_inject.core.layers.reading import OWN, keeping
 
 
-def _effective(self: Any) -> Any:
+def _effective(self: nn.RNNBase) -> list[Any]:
     """Return what the kernel gets."""
     return [formed(getattr(self, name, None)) for name in self._flat_weights_names]
 
 
-def _write(self: Any, weights: list[Any]) -> None:
+def _write(self: nn.RNNBase, weights: list[Any]) -> None:
     """Keep the Parameters, whatever was read of them to make the list."""
     held, names = self._parameters, self._flat_weights_names
     kept = (held.get(name, given) for name, given in zip(names, weights, strict=False))
     self.__dict__["_flat_weights"] = list(kept)
 
 
-def _update(self: Any) -> None:
+def _update(self: nn.RNNBase) -> None:
     """What torch does where a weight was replaced: here the attributes are read each time."""
 
 
@@ -39,7 +39,7 @@ def _bookkeeping(method: str) -> Callable[..., Any]:
     """Return a method of torch's that looks after the Parameters."""
 
     @functools.wraps(getattr(nn.RNNBase, method))
-    def run(self: Any, *args: Any) -> Any:
+    def run(self: Carrier, *args: Any) -> Any:
         plain = getattr(self._lora_plain, method)
         attached = attached_to(self)
         if attached is None:
