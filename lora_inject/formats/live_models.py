@@ -21,7 +21,7 @@ from torch import nn
 
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.attached import Entry, attached_to
-from lora_inject.core.layers.kinds import mixin_for
+from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.roots.root import entries
 from lora_inject.core.spec.names import leaf
@@ -236,7 +236,7 @@ def _misread(module: nn.Module, entry: Entry) -> str:
     if kind == "conv":
         known = _convolving(plain) in map(_convolving, _CONVOLUTIONS)
     elif kind == "embedding":  # whose scale PEFT knows by this name
-        known = mixin_for(kind).stock(plain) or hasattr(module, "embed_scale")
+        known = KINDS[kind].stock(plain) or hasattr(module, "embed_scale")
     else:
         return ""
     return "" if known else f"{plain.__name__} has a forward of its own, which is not linear in W"

@@ -99,14 +99,16 @@ class AdapterState(Comparable, Shown):
 
         A model with one of them returns NaN.
         """
+        held = [tensor for site in self.sites.values() for tensor in site.tensors.values()]
+        held += self.trained.values()
+        if True not in {tensor.is_meta for tensor in held} and all_finite(*held):
+            return
         tensors = [
             (name, f"{role} of site", tensor)
             for name, site in self.sites.items()
             for role, tensor in site.tensors.items()
         ]
         tensors += [(name, "trained tensor", tensor) for name, tensor in self.trained.items()]
-        if all_finite(*(t for *_, t in tensors)) and not any(t.is_meta for *_, t in tensors):
-            return
         for name, what, tensor in tensors:
             where = f"{asked}, {what} {name!r}" if asked else f"{what} {name!r}"
             if tensor.is_meta:

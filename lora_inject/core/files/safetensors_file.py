@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import filterfalse
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -27,8 +28,10 @@ from lora_inject.errors import CheckpointError, FormatError, LoraInjectError, wi
 MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's limit on N."""
 MAX_NAME_LENGTH = 1024
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = "\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 """Control characters, changes of direction, and halves of surrogate pairs."""
+is_plain_name = re.compile(f"[^{_CONTROL}]{{,{MAX_NAME_LENGTH}}}").fullmatch
+"""Whether a tensor may have a name: not too long, and without control characters."""
 MAX_DIMENSIONS = 16
 MAX_DIMENSION = 1 << 48
 
@@ -147,7 +150,7 @@ def _parse_header(raw: bytes, size_bytes: int, error: type[LoraInjectError]) -> 
     metadata = table.pop("__metadata__", None)
     if misfit(metadata, _METADATA):
         raise error("", "its metadata is not a table of strings", _DAMAGED)
-    if odd := next((name for name in table if not is_plain_name(name)), None):
+    if odd := next(filterfalse(is_plain_name, table), None):
         raise error("", f"the tensor name {odd[:80]!r} is too long or not printable", _DAMAGED)
     if wrong := misfit(table, _TABLE):
         raise error("", f"its header says what cannot be ({wrong})", _DAMAGED)
@@ -178,11 +181,6 @@ def check_dtypes(entries: Mapping[str, TensorEntry], asked: str) -> None:
     for dtype in sorted({entry.dtype for entry in entries.values()} - DTYPES.keys()):
         problem = f"no adapter's tensor has the dtype {dtype}"
         raise FormatError(asked, problem, "Give the adapter's file, not the base's")
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a tensor may have this name: not too long, and without control characters."""
-    return len(name) <= MAX_NAME_LENGTH and not _CONTROL.search(name)
 
 
 def build_header(

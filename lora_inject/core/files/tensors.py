@@ -50,16 +50,16 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     with path.open("rb") as file:
         header = header_of(file, path, FormatError)
         check_dtypes(header.tensors, asked)
+        # They follow the header and one another without a gap.
         tensors = {name: _values(file, entry, asked) for name, entry in header.tensors.items()}
     return tensors, dict(header.metadata or {})
 
 
 def _values(file: BinaryIO, entry: TensorEntry, asked: str) -> Tensor:
-    """Return the values of a tensor in memory of their own."""
+    """Return the values of the file's next tensor in memory of their own."""
     dtype, content = DTYPES[entry.dtype], bytearray(entry.n_bytes)
     if not content:
         return torch.empty(entry.shape, dtype=dtype, device="cpu")
-    file.seek(entry.start)
     if file.readinto(content) != len(content):  # type: ignore[attr-defined]
         raise FormatError(asked, "it was cut off while it was read", "Read the adapter again")
     return torch.frombuffer(content, dtype=dtype).view(entry.shape)

@@ -456,30 +456,19 @@ class LoRABilinear(WeightUpdate):
 
 # ---------------------------------------------------------------------------------------- the table
 
-# The first class that matches a layer's class is its kind.
-KINDS: list[type[Adapted]] = [
-    LoRALinear,
-    LoRAConv1D,
-    LoRAEmbedding,
-    LoRAConv,
-    LoRAConvTranspose,
-    LoRABilinear,
-]
+_BUILT_IN = (LoRALinear, LoRAConv1D, LoRAEmbedding, LoRAConv, LoRAConvTranspose, LoRABilinear)
+KINDS: dict[str, type[Adapted]] = {row.kind: row for row in _BUILT_IN}
+"""Each kind's class; the first that matches a layer's class is its kind."""
 
 
 def kind_of(layer: type[nn.Module]) -> type[Adapted] | None:
     """Return the class of the first row that matches a layer's class."""
-    return next((row for row in KINDS if row.matches(layer)), None)
-
-
-def mixin_for(kind: str) -> type[Adapted]:
-    """Return the class of a kind."""
-    return next(row for row in KINDS if row.kind == kind)
+    return next((row for row in KINDS.values() if row.matches(layer)), None)
 
 
 def mixin_of(entry: Entry) -> type[Adapted]:
     """Return the mixin by which a module carries an entry: its kind's, or that of reads."""
-    return mixin_for(entry.spec.kind) if entry.on_output else WeightUpdate  # type: ignore[union-attr]
+    return KINDS[entry.spec.kind] if entry.on_output else WeightUpdate  # type: ignore[union-attr]
 
 
 def register_kind(row: type[Adapted]) -> type[Adapted]:
@@ -519,7 +508,8 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
         ...         return Geometry(4, 6, (4, 6), transposed=True)
         >>> kind_of(Dense).kind
         'dense'
-        >>> KINDS.remove(LoRADense)
+        >>> KINDS.pop("dense") is LoRADense
+        True
     """
     asked = f"register_kind({getattr(row, '__name__', row)})"
     kind = row.__dict__.get("kind")
@@ -529,13 +519,11 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
             "it is not an Adapted class with a kind of its own",
             "Derive from LoRALinear or WeightUpdate and set kind",
         )
-    for other in (each for each in KINDS if each.kind == kind):
-        same = (other.__module__, other.__qualname__) == (row.__module__, row.__qualname__)
-        if not same:
-            raise LayerError(
-                asked,
-                f"kind {kind!r} is taken by {other.__module__}.{other.__qualname__}",
-                "Choose another name",
-            )
-    KINDS[:] = [row, *(other for other in KINDS if other.kind != kind)]
+    other = KINDS.get(kind, row)
+    if (other.__module__, other.__qualname__) != (row.__module__, row.__qualname__):
+        problem = f"kind {kind!r} is taken by {other.__module__}.{other.__qualname__}"
+        raise LayerError(asked, problem, "Choose another name")
+    others = {name: each for name, each in KINDS.items() if name != kind}
+    KINDS.clear()
+    KINDS.update({kind: row, **others})
     return row

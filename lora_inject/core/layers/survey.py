@@ -186,9 +186,14 @@ class Survey:
         module = self.by_name[owner]
         return Holder(joined(self.paths[id(module)], key), module, key)
 
+    def tensor(self, name: str) -> nn.Parameter:
+        """Return a base tensor by any of its names."""
+        owner, _, key = name.rpartition(".")
+        return base_tensor(self.by_name[owner], key)
+
     def names_of(self, name: str) -> list[str]:
         """Return every name of the tensor that a base parameter's name stands for."""
-        return [holder.name for holder in self.sharing(self.at(name).tensor)]
+        return [holder.name for holder in self.sharing(self.tensor(name))]
 
 
 def memory_of(parameter: Tensor) -> Hashable:

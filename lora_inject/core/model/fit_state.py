@@ -59,7 +59,7 @@ def fit(
     trained, rows = _fit_trained(state, survey, names.buffers, asked)
     if base != "any":
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
-        adapted = {old: survey.at(name).tensor for old, name in new.items()}
+        adapted = {old: survey.tensor(name) for old, name in new.items()}
         check_base(survey, state, adapted, base, asked, leave_new=leave_new)
     check_base_copies(state, survey, asked)
     state.check_finite(asked, FormatError)
@@ -109,7 +109,7 @@ def _place_of(spec: SiteSpec, names: Inventory, where: str) -> Candidate:
 
 
 def _check_registered(spec: SiteSpec, where: str) -> None:
-    if spec.kind != "parameter" and all(row.kind != spec.kind for row in KINDS):
+    if spec.kind != "parameter" and spec.kind not in KINDS:
         unknown = f"its kind of layer, {spec.kind!r}, is not registered here"
         remedy = "Import the module that calls extending.register_kind for it first"
         raise FormatError(where, unknown, remedy)

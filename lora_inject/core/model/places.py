@@ -31,9 +31,9 @@ def places(
 
     Sites and copies have the model's own names; copies come with their rows, None for all.
     """
-    lazy = (i for i, tensor in enumerate(survey.tensors) if is_lazy(tensor))
-    if (first := next(lazy, None)) is not None:
-        where = f"adapter {name!r}, {survey.holders[first].name!r}"
+    lazy = [*map(is_lazy, survey.tensors)]
+    if any(lazy):
+        where = f"adapter {name!r}, {survey.holders[lazy.index(True)].name!r}"
         raise LayerError(where, "it is lazy and not initialized", "Run the model once first")
     wanted = [*_of_sites(survey, name, sites), *_of_copies(survey, name, copies)]
     taken: set[tuple[int, str]] = set()

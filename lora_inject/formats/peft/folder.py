@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_inject.core.adapter.file_keys import check_keys, check_no_clash, one_line
+from lora_inject.core.adapter.file_keys import check_keys, one_line
 from lora_inject.core.adapter.native import Described, describe, is_native, parse
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import parse_json, parse_table
@@ -144,7 +144,6 @@ def contents(state: AdapterState, facts: ModelFacts) -> Contents:
     check_sites(specs, facts)
     transposed = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
     layout = layout_of(specs, state.trained, state.rows)
-    check_no_clash(layout.keys)
     tensors = {layout.trained[name]: tensor for name, tensor in state.trained.items()}
     for name, site in state.sites.items():
         keys, shapes = layout.sites[name], file_shapes(site.spec)
@@ -239,7 +238,6 @@ def _read_native(
     """The state that `write` was given; every tensor is accounted for."""
     check_sites([*said.specs.values()], ModelFacts())
     layout = layout_of(said.specs.values(), said.trained, said.rows)
-    check_no_clash(layout.keys)
     check_keys(tensors, layout.keys)
     sites = {}
     for name, spec in said.specs.items():
@@ -294,7 +292,7 @@ def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEF
         problem = "PEFT has one variant, with lora_bias or without, for all sites"
         raise FormatError("", f"{problem}, and these sites have several", _OTHER)
     known = {*(facts.tensor_names or ()), *parameters}
-    modules, unfit = kinds.keys() - parameters, facts.unfit or (lambda _: "")
+    modules, unfit = kinds.keys() - parameters, facts.unfit
     for spec in specs:
         problem = ""
         if reason := _inexpressible(spec, modules, known):
@@ -302,7 +300,7 @@ def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEF
         elif spec.experts and spec.in_features == spec.out_features and not facts.orientation_known:
             problem = "its matrices are square, and PEFT takes them for (out, in) on transformers 4"
             problem += " whatever they are on transformers 5"
-        elif spec.kind != "parameter" and (reason := unfit(spec.name)):
+        elif spec.kind != "parameter" and unfit and (reason := unfit(spec.name)):
             problem = f"{client} would load it wrong: {reason}"
         if problem:
             raise FormatError(f"site '{spec.name}'", problem, _OTHER)
@@ -310,13 +308,14 @@ def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEF
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
     """What PEFT cannot adapt, where a site is such, or an empty text."""
-    kind, module, dims = spec.kind, parent(spec.weight), len(spec.weight_shape)
+    kind = spec.kind
     if odd := _odd(spec):
         return odd
     if not wrapped(spec):
         return "the root module or a parameter of it"
     if kind != "parameter" and spec.update != "weight":
         return ""
+    module, dims = parent(spec.weight), len(spec.weight_shape)
     if kind == "linear" and spec.variant == "dora":
         return "a linear layer with DoRA whose own forward it does not know"
     if kind == "conv1d":

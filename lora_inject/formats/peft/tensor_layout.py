@@ -11,14 +11,15 @@ Source: peft 0.21.2, tuners/lora/layer.py (`Linear`, `Embedding`, `_ConvNd`, `Pa
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_inject.core.adapter.file_keys import check_no_clash
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.spec.names import joined, leaf, parent
+from lora_inject.core.spec.names import Below, joined, parent
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats.pairs import pair_rank, plain_pair
@@ -49,11 +50,7 @@ class Layout(NamedTuple):
 
     sites: Mapping[str, Mapping[str, str]]
     trained: Mapping[str, str]
-
-    @property
-    def keys(self) -> list[str]:
-        """All keys; one that appears twice is a clash of names."""
-        return [*(k for keys in self.sites.values() for k in keys.values()), *self.trained.values()]
+    keys: Collection[str]  # all of them
 
 
 def is_turned(spec: SiteSpec, transposed_modules: Collection[str] | None = None) -> bool:
@@ -80,11 +77,11 @@ def wrapped(spec: SiteSpec) -> str:
 def layout_of(
     specs: Iterable[SiteSpec], trained: Iterable[str], rows: Collection[str] = ()
 ) -> Layout:
-    """Return the keys of an adapter's tensors in a PEFT file; specs in the order of the model.
+    """Return the keys of an adapter's tensors in a PEFT file, which are refused if two are equal.
 
-    `rows` are the names among `trained` of which only rows are stored. PEFT wraps a module once for
-    itself and once for each of its adapted parameters, the first of them innermost, and each
-    wrapper adds `.base_layer` to the path of what is inside it.
+    Specs are in the order of the model. `rows` are the names among `trained` of which only rows are
+    stored. PEFT wraps a module once for itself and once for each of its adapted parameters, the
+    first of them innermost, and each wrapper adds `.base_layer` to the path of what is inside it.
 
     Examples:
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=2)
@@ -97,25 +94,30 @@ def layout_of(
     on: dict[str, list[SiteSpec]] = {}
     for spec in specs:
         on.setdefault(wrapped(spec), []).append(spec)
+    wrappers = Below(on)
 
-    @cache
-    def inside(module: str) -> str:
-        """The path of a module inside all of its wrappers."""
-        path, name = PREFIX.rstrip("."), ""
-        for part in module.split(".") if module else ():
-            name = joined(name, part)
-            path += f".{part}" + ".base_layer" * len(on.get(name, ()))
-        return path
+    def path_of(name: str) -> str:
+        """The path of a name inside the wrappers of the modules around it."""
+        if parent(name) not in wrappers:
+            return PREFIX + name
+        *outer, last = name.split(".")
+        path, module = PREFIX, ""
+        for part in outer:
+            module = joined(module, part)
+            path += part + ".base_layer" * len(on.get(module, ())) + "."
+        return path + last
 
     sites = {}
     for module, members in on.items():
-        path = f"{inside(parent(module))}.{leaf(module)}"
-        for depth, spec in enumerate(reversed(members)):
+        path = path_of(module)
+        for spec in reversed(members):
             keys = _KEYS_OF_EMBEDDING if spec.kind == "embedding" else _KEYS
-            outer = path + ".base_layer" * depth
-            sites[spec.name] = {role: f"{outer}.{keys[role]}" for role in spec.shapes}
-    full = {n: f"{inside(parent(n))}.{ROWS if n in rows else leaf(n)}" for n in trained}
-    return Layout(sites, full)
+            sites[spec.name] = {role: f"{path}.{keys[role]}" for role in spec.shapes}
+            path += ".base_layer"
+    full = {n: path_of(joined(parent(n), ROWS) if n in rows else n) for n in trained}
+    every = [*chain.from_iterable(map(dict.values, sites.values())), *full.values()]
+    check_no_clash(every)
+    return Layout(sites, full, every)
 
 
 # Shapes -----------------------------------------------------------------------------------------
