@@ -162,7 +162,8 @@ class Target:
             merged = torch.empty(values.shape, dtype=self.dtype, device=values.device)
         self.tally = Tally() if self.entries and self.dtype.itemsize <= 2 else None
         self._fold(values, merged, self.tally)
-        if not all_finite(merged):
+        counted = self.tally is not None and self.tally.finite  # which spares a pass
+        if not counted and not all_finite(merged):
             if not all_finite(values):
                 raise self._refused("the base holds NaN or Inf", "Check the base")
             problem = f"the merged weight overflows {self.dtype}"
@@ -182,12 +183,12 @@ class Target:
         shape = spec.matrix_shape if spec else (values.shape[0] if values.dim() else 1, -1)
         base, out = values.reshape(shape), merged.view(shape)
         delta, copies = self._delta(sites, held, base), self._copies(held, values)
+        if not copies:
+            fold_rows(base, 0, delta, tally, out)
+            return
         step = rows_at_once(base)
         for start in range(0, len(base), step):
             rows, written = base[start : start + step], out[start : start + step]
-            if not copies:
-                fold_rows(rows, start, delta, tally, written)
-                continue
             wide = rows.to(delta.dtype)
             mixed = [(_rows_of(copy, wide, start, base.shape), copy.weight) for copy in copies]
             wanted = delta.add_(mix_copies(rows, mixed, delta.dtype), start)
