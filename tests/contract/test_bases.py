@@ -195,17 +195,24 @@ class Bank(nn.Module):
         )
 
 
-@pytest.mark.parametrize("where", ["fused.lora_B", "experts.lora_B"])
-def test_the_merged_base_of_a_slice_or_of_one_expert_is_not_its_base(where: str) -> None:
-    fused = {"match": "fused", "slices": {"a": 3, "b": 597}, "adapt": ["a"]}
-    targets = [fused, {"match": "experts", "layout": "out_in"}]
-    model = li.inject(Bank(), {"rank": 1, "targets": targets})
-    B = li.adapter_parameters(model)[where].data
-    (B if where.startswith("fused") else B[33]).fill_(0.5)
+STACKED = {"match": "experts", "layout": "out_in"}
+# Which rule adapts a small part of a weight, and where in B that part is.
+PARTS: dict[str, tuple[dict[str, Any], Any]] = {
+    "a slice": ({"match": "fused", "slices": {"a": 3, "b": 597}, "adapt": ["a"]}, ...),
+    "one expert of all": (STACKED, 33),
+    "one expert alone": ({**STACKED, "only": [1]}, ...),  # which even samples miss
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_merged_base_of_a_slice_or_of_one_expert_is_not_its_base(part: str) -> None:
+    rule, where = PARTS[part]
+    model = li.inject(Bank(), {"rank": 1, "targets": [rule]})
+    li.adapter_parameters(model)[f"{rule['match']}.lora_B"].data[where] = 0.5
     state, merged = li.adapter_state(model), Bank()
     li.install(Bank(), state)
     merged.load_state_dict(dict(li.merged_weights(model)))
-    with refused(li.FormatError, where.partition(".")[0]):
+    with refused(li.FormatError, rule["match"]):
         li.install(merged, state)
 
 

@@ -1,5 +1,6 @@
 """Folders of checkpoints: which files belong to one, and the difference of two as an adapter."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from conftest import error
+from helpers.experts import experts
 from helpers.merging import (
     LLAMA,
     adapter_of,
@@ -17,8 +21,10 @@ from helpers.merging import (
     merge,
     save_checkpoint,
 )
+from helpers.models import tiny
 from helpers.refusals import refused
 from helpers.states import SITES, Site, effect, state_of
+from helpers.versions import needs_transformers_5
 from torch import Tensor
 
 import lora_inject as li
@@ -220,6 +226,87 @@ def test_an_extracted_adapter_knows_its_base(tmp_path: Path, dtype: torch.dtype)
     other = save_checkpoint(tmp_path / "other", llama_tensors(seed=1, dtype=dtype), 1, LLAMA)
     with refused(li.CheckpointError, "another base"):
         merge(other, [tmp_path / "adapter.safetensors"], tmp_path / "no")
+
+
+BITS = torch.randint(0, 2, (5, 3), generator=torch.Generator().manual_seed(0))
+UNEQUAL: dict[str, tuple[Tensor, Tensor]] = {
+    str(dtype): (BITS.to(dtype), (1 - BITS).to(dtype))
+    for dtype in (torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool)
+} | {"another dtype": (BITS.to(torch.int8), BITS.float())}
+
+
+@pytest.mark.parametrize("case", UNEQUAL)
+def test_what_is_no_plain_float_is_compared_too(case: str, tmp_path: Path) -> None:
+    codes, others = UNEQUAL[case]
+    base = {"fc.weight": torch.zeros(6, 4), "codes": codes, "same": codes.clone()}
+    delta = torch.outer(torch.arange(6.0), torch.ones(4))
+    files = {"base": base, "alone": base | {"codes": others}}
+    files["tuned"] = files["alone"] | {"fc.weight": delta}
+    folders = {name: save_checkpoint(tmp_path / name, each) for name, each in files.items()}
+    with refused(li.CheckpointError, "alone"):
+        extracted(tmp_path, folders["base"], folders["alone"], rank=1)
+    _, report = extracted(tmp_path, folders["base"], folders["tuned"], rank=1)
+    assert (report.left, report.n_equal) == (("codes",), 1)
+
+
+def test_a_transposed_convolution_is_extracted_as_the_model_takes_it(tmp_path: Path) -> None:
+    """It was extracted as a convolution, the other way round, and no model took the adapter."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": 4, "image_size": 32, "fusion_hidden_size": 4}
+    outs = {"neck_hidden_sizes": [4] * 4, "backbone_out_indices": [*range(4)]}
+    model = transformers.DPTForDepthEstimation(transformers.DPTConfig(**sizes, **outs))
+    name = "neck.reassemble_stage.layers.0.resize"
+    weight = model.get_parameter(f"{name}.weight")
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        weight += torch.outer(torch.randn(4), torch.randn(weight[0].numel())).view_as(weight)
+    model.save_pretrained(tmp_path / "tuned")
+    extracted(tmp_path, tmp_path / "base", tmp_path / "tuned", rank=1)
+    fresh = transformers.DPTForDepthEstimation.from_pretrained(tmp_path / "base")
+    li.load_adapter(fresh, tmp_path / "adapter.safetensors")
+    merged = dict(li.merged_weights(fresh))[f"{name}.weight"]
+    torch.testing.assert_close(merged, weight.detach(), rtol=0, atol=1e-5)
+    with refused(li.FormatError, f"'{name}'", "conv_transpose"):
+        li.extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "b", rank=1)
+
+
+IDS = torch.arange(6)[None]
+
+
+def saved_before_and_after(model: Any, folder: Path, *names: str) -> Any:
+    """Save a model, and a copy some of whose parameters, or all, have moved; return the copy."""
+    model.save_pretrained(folder / "base")
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if not names or name.endswith(names):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tuned.save_pretrained(folder / "tuned")
+    return tuned
+
+
+@needs_transformers_5
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "jetmoe"])
+def test_the_difference_of_routers_and_of_biases_of_experts_goes_onto_the_model(
+    family: str, tmp_path: Path
+) -> None:
+    """A router is no linear layer, and no adapter holds low ranks of a bias, whatever its shape."""
+    base = experts(family)[0]
+    due = saved_before_and_after(base, tmp_path)(IDS).logits
+    li.extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=8, full=True)
+    assert error(li.load_adapter(base, tmp_path / "a")(IDS).logits, due) < 1e-4
+
+
+def test_the_difference_of_a_tied_bias_is_under_each_of_its_names(tmp_path: Path) -> None:
+    """The head of a BERT adds the one that the files lack."""
+    base = tiny(transformers.BertForMaskedLM, hidden_size=8).eval()
+    ends = ("predictions.bias", "word_embeddings.weight")
+    due = saved_before_and_after(base, tmp_path, *ends)(IDS).logits
+    li.extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=8, full=True)
+    merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    merged = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out")
+    for found in (merged, li.load_adapter(base, tmp_path / "a")):
+        assert error(found(IDS).logits, due) < 1e-4
 
 
 MEASURES: list[tuple[str, dict[str, float], list[str]]] = [

@@ -343,6 +343,20 @@ def test_an_update_comes_on_top_of_replaced_rows(tmp_path, order, base_dtype) ->
     assert torch.allclose(written, wanted, atol=1e-6)
 
 
+def by_command(
+    run: Any, folder: Path, base: dict[str, Tensor],
+    parts: list[tuple[li.AdapterState, float]], *options: str, config: Any = None,
+) -> Any:  # fmt: skip
+    """Merge adapters with weights, which only the command takes; what it left."""
+    save_checkpoint(folder / "base", base, 1, config)
+    files = [
+        li.write_adapter(state, folder / f"{n}.safetensors", "native")
+        for n, (state, _) in enumerate(parts)
+    ]
+    weights = [word for _, weight in parts for word in ("-w", weight)]
+    return run("merge", folder / "base", *files, *weights, *options, "-o", folder / "out")
+
+
 def test_updates_and_trained_copies_of_several_adapters_add_up(run: Any, tmp_path: Path) -> None:
     """`W + 0.5 scale B A + 0.7 (copy - W)`; likewise a bias of B, and two copies of one tensor."""
     base = {"q.weight": torch.randn(6, 4), "q.bias": torch.randn(6), "norm": torch.randn(4)}
@@ -353,13 +367,7 @@ def test_updates_and_trained_copies_of_several_adapters_add_up(run: Any, tmp_pat
     (low,) = one.sites.values()
     updates = {"q.weight": low.scale * low.B @ low.A, "q.bias": low.scale * low.further["b"]}
     updates["norm"] = norm - base["norm"]
-    save_checkpoint(tmp_path / "base", base)
-    files = [
-        li.write_adapter(state, tmp_path / f"{n}.safetensors", "native")
-        for n, state in enumerate((one, two))
-    ]
-    weights = ("-w", 0.5, "-w", 0.7, "-o", tmp_path / "out", "--verify")
-    assert run("merge", tmp_path / "base", *files, *weights).code == 0
+    assert by_command(run, tmp_path, base, [(one, 0.5), (two, 0.7)], "--verify").code == 0
     written = load_checkpoint(tmp_path / "out")
     for name, W in base.items():
         wanted = W + 0.5 * updates[name] + 0.7 * (copies[name] - W)
@@ -389,6 +397,82 @@ def test_a_grown_vocabulary_grows_the_config_and_both_ends(tmp_path: Path, shard
     one = li.AdapterState({}, {names[0]: trained[names[0]]})
     with refused(li.CheckpointError, "35", "'lm_head.weight'", "32"):
         merge(tmp_path / "base", [one], tmp_path / "no")
+
+
+def grown() -> li.AdapterState:
+    """A vocabulary of three more rows, at both ends."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    return li.AdapterState({}, dict.fromkeys(names, torch.randn(35, 16)))
+
+
+CONFIGS_OF_GROWN: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (
+        {"text_config": {"vocab_size": 32, "pad": 1}, "qformer_config": {"vocab_size": 77}},
+        {"text_config": {"vocab_size": 35, "pad": 1}, "qformer_config": {"vocab_size": 77}},
+    ),
+    (
+        {"vocab_size": 32, "other": {"vocab_size": 5}},
+        {"vocab_size": 35, "other": {"vocab_size": 5}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "due"), CONFIGS_OF_GROWN)
+def test_a_grown_vocabulary_leaves_other_vocabularies_of_the_config(
+    config: dict[str, Any], due: dict[str, Any], tmp_path: Path
+) -> None:
+    """As BLIP-2's: that of its qformer is another."""
+    merged(tmp_path, llama_tensors(), grown(), config=config)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == due
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+GAIN = state_of(linear(Q_PROJ, 16, 16, variant="dora"))
+NEW = li.AdapterState({}, {"score.weight": torch.ones(3, 16)})
+UNWEIGHTED: dict[str, tuple[list[tuple[li.AdapterState, float]], list[str]]] = {
+    "half of rows that the base lacks": ([(grown(), 0.5)], ["weight"]),
+    "twice such rows": ([(grown(), 2.0)], ["weight"]),
+    "two of them in full": ([(grown(), 1.0), (grown(), 1.0)], ["weight"]),
+    "less than one in all": ([(grown(), 0.3), (grown(), 0.3)], ["weight"]),
+    "half of a tensor that the base lacks": ([(NEW, 0.5)], ["'score.weight'", "weight"]),
+    "a gain taken away": ([(GAIN, -1.0)], [f"'{Q_PROJ}.weight'", "DoRA"]),
+    "half of a gain": ([(GAIN, 0.5)], [f"'{Q_PROJ}.weight'", "DoRA"]),
+}
+
+
+@pytest.mark.parametrize("case", UNWEIGHTED)
+def test_what_has_no_weighted_change_is_refused(case: str, tmp_path: Path, run: Any) -> None:
+    parts, named = UNWEIGHTED[case]
+    config = {**LLAMA, "vocab_size": 32}
+    ran = by_command(run, tmp_path, llama_tensors(), parts, "--allow-new", config=config)
+    assert ran.code == 1
+    assert all(name in ran.err for name in named)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_add_up_to_1_mix_grown_rows(tmp_path: Path, run: Any) -> None:
+    one, two = grown(), grown()
+    parts, config = [(one, 0.25), (two, 0.75)], {**LLAMA, "vocab_size": 32}
+    ran = by_command(run, tmp_path, llama_tensors(), parts, config=config)
+    assert ran.code == 0, ran.err
+    written = load_checkpoint(tmp_path / "out")
+    for name, rows in one.trained.items():
+        due = (0.25 * rows.double() + 0.75 * two.trained[name].double()).bfloat16()
+        torch.testing.assert_close(written[name], due, rtol=2**-7, atol=0)
+
+
+def test_a_layer_of_two_names_gets_every_update_and_bias_under_both(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 6)
+    model = tree({"one": layer, "two": layer})
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    for name in "ab":
+        rule = {"rank": 2, "targets": ["one"], "lora_bias": name == "a"}
+        fill(li.inject(model, rule, name), name)
+    li.activate(model, {"a": 1.0, "b": 1.0})
+    written = merged(tmp_path, tensors, *(li.adapter_state(model, name) for name in "ab"))
+    for name, value in dict(li.merged_weights(model)).items():
+        torch.testing.assert_close(written[name], value)
+        assert torch.equal(written[name.replace("one", "two")], written[name])
 
 
 @pytest.mark.parametrize("n_new", [0, 3])
@@ -466,6 +550,14 @@ def test_what_cannot_be_merged_is_refused_by_name(case: str, tmp_path: Path) -> 
     with refused(li.CheckpointError, *named):
         merged(tmp_path, tensors, *parts, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_with_nan_are_told_without_their_thousands_of_numbers(tmp_path: Path) -> None:
+    name, numbers = "model.embed_tokens.weight", tuple(range(4000))
+    state = rows_of(name, numbers, torch.full((4000, 16), torch.nan))
+    with refused(li.CheckpointError, f"'{name}' holds NaN or Inf") as raised:
+        merged(tmp_path, llama_tensors(vocab=4096), state, config=LLAMA)
+    assert len(str(raised.value)) < 400
 
 
 RENAMED: dict[str, tuple[Callable[[str], str], dict[str, str]]] = {

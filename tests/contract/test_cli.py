@@ -66,6 +66,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+    for one, other in ("ab", "ba"):
+        (folder / f"loop-{one}").symlink_to(folder / f"loop-{other}")
     return folder
 
 
@@ -349,6 +351,27 @@ def test_what_is_lost_is_said_of_what_was_written_only(run: Any, tmp_path: Path)
     same_effects(li.read_adapter(tmp_path / "c"), li.read_adapter(path))
 
 
+def test_equal_values_are_said_to_be_equal_after_a_trip_through_other_programs(
+    run: Any, tmp_path: Path
+) -> None:
+    state = state_of(linear("0", 64, 64, rank=8, alpha=16.0, dropout=0.05), seed=3)
+    path = li.write_adapter(state, tmp_path / "a")
+    there = li.convert(path, tmp_path / "there", "kohya", component="unet")
+    compared = li.diff(path, there)
+    assert compared.distance == 0
+    assert [site.distance for site in compared.sites.values()] == [0.0]
+    assert compared.cosine == pytest.approx(1, abs=1e-15)
+    assert not compared.equal  # the dropout is another
+    said = run("diff", path, there).out
+    assert "equal values" in said
+    assert "not equal" not in said
+    assert "|one - two| = 0," in said
+    state.sites["0"].A[0, 0] *= 1 + 2**-20
+    other = li.write_adapter(state, tmp_path / "b")
+    assert 0 < li.diff(path, other).distance < 1e-3
+    assert "not equal" in run("diff", path, other).out
+
+
 # Exit codes: what is refused is 1, wrong usage is 2; nothing is written ---------------------------
 
 EXITS = """
@@ -361,6 +384,8 @@ combine {one} {one} -o {one} => 1 exists already
 extract {one} {one} --rank 1 -o {one} => 1 exists already
 convert {one} {one} --to peft => 1 exists already
 merge {base} {one} -o {one} => 1 not empty
+merge {base} {one} -o {files}/loop-a => 1 loop
+verify {base} {files}/one {files}/loop-a => 1 loop
 rename {one} x=y -o {out} => 1 'x'
 combine {one} {two} -o {out} --method ties => 1 density
 merge {one} {base} -o {out} => 1 adapter

@@ -128,6 +128,10 @@ def test_an_error_names_the_place_in_the_file_what_was_found_and_the_way_out(tex
         li.Config.from_text(text, source="f")
 
 
+KEYS_OF_PEFT = ["r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "peft_type"]
+KEYS_OF_PEFT += ["modules_to_save", "exclude_modules", "layers_to_transform", "use_dora"]
+KEYS_OF_PEFT += ["target_parameters"]
+FROM_PEFT = "lora_inject.from_peft"
 TWO_RULES: dict[str, Any] = {"targets": ["a", {"match": "b", "alpha": 0}]}
 VALUES: list[tuple[Callable[[], Any], list[str]]] = [
     (lambda: li.Config(**TWO_RULES), ["config (targets[1].alpha)", "0"]),
@@ -140,6 +144,10 @@ VALUES: list[tuple[Callable[[], Any], list[str]]] = [
     (lambda: li.Config.from_text("targets: [q]\n---\nrank: 3"), ["<config>:2:1"]),
     (lambda: li.Config.from_text("rank: 3\nrank: 4"), ["<config>:2:1", "'rank'"]),
     (lambda: li.Config.from_text("targets: " + "[" * 5000), ["<config>", "recursion"]),
+    *(
+        (lambda key=key: li.Config.from_dict({"targets": ["q"], key: 8}), [f"'{key}'", FROM_PEFT])
+        for key in KEYS_OF_PEFT
+    ),
 ]
 
 
@@ -147,6 +155,12 @@ VALUES: list[tuple[Callable[[], Any], list[str]]] = [
 def test_an_error_of_a_value_names_its_key(make: Callable[[], Any], names: list[str]) -> None:
     with refused(li.ConfigError, *names):
         make()
+
+
+def test_a_key_that_is_none_of_pefts_does_not_hint_at_peft() -> None:
+    with pytest.raises(li.ConfigError) as raised:
+        li.Config.from_dict({"targets": ["q"], "rnak": 8})
+    assert FROM_PEFT not in str(raised.value)
 
 
 def test_an_unsafe_tag_runs_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import copy
+import functools
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -10,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import error, fill, same_bits
+from helpers.reference import llama
 from helpers.refusals import refused
 from helpers.versions import at_least
 from torch import Tensor, nn
@@ -223,3 +227,79 @@ def test_a_compiled_forward_refuses_what_it_cannot_tell_apart_or_runs_without_a_
 
     asyncio.run(request())
     assert error(call(X), wanted["a"]) < 1e-12
+
+
+# ---------------------------------------------------- a reference: the model without its adapters
+
+
+class Parts(nn.Module):
+    """Gives its layer, which an adapter is on, away in containers of many kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4).double()])
+
+    @property
+    def in_a_list(self) -> list[nn.Module]:
+        return [self.layers[0]]
+
+    @property
+    def in_a_dict(self) -> dict[str, tuple[nn.Module]]:
+        return {"only": (self.layers[0],)}
+
+    @property
+    def in_a_partial(self) -> Any:
+        return functools.partial(self.forward)
+
+    def both(self) -> tuple[nn.Module, int]:
+        return self.layers[0], 1
+
+    def one_by_one(self, inputs: Tensor) -> Iterator[Tensor]:
+        yield self(inputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers[0](inputs)
+
+
+WAYS: dict[str, Callable[[Any], Tensor]] = {
+    "a list": lambda model: model.in_a_list[0](X),
+    "a tuple in a dict": lambda model: model.in_a_dict["only"][0](X),
+    "a partial": lambda model: model.in_a_partial(X),
+    "a method that returns several": lambda model: model.both()[0](X),
+    "an index of a ModuleList": lambda model: model.layers[0](X),
+    "a loop over a ModuleList": lambda model: next(layer(X) for layer in model.layers),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_parts_of_a_reference_compute_without_adapters(way: str) -> None:
+    model = Parts()
+    plain = model(X)
+    fill(li.inject(model, {"rank": 2, "targets": ["0"]}))
+    assert not torch.equal(WAYS[way](model), plain)
+    assert torch.equal(WAYS[way](li.reference(model)), plain)
+
+
+def test_a_reference_refuses_a_method_that_computes_later() -> None:
+    model = li.inject(Parts(), {"rank": 2, "targets": ["0"]})
+    with refused(li.StateError, "reference", "one_by_one", "disabled"):
+        li.reference(model).one_by_one(X)
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize("context", [li.disabled, lambda model: li.routed(model, ["default"] * 2)])
+def test_generation_in_a_thread_of_its_own_does_not_forget_the_context(context: Any) -> None:
+    model = fill(li.inject(llama().float(), {"rank": 2, "targets": ["q_proj"]}))
+    ends = {"eos_token_id": 0, "pad_token_id": 0}
+    config = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, **ends)
+    # Else it takes most of the memory.
+    small = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)
+
+    def generate() -> dict[str, Any]:
+        return model.generate_batch([[1, 2, 3], [4, 5]], config, small)
+
+    with context(model), refused(li.StateError, "activate"):
+        generate()
+    assert len(generate()) == 2
+    plain = copy.deepcopy(model)
+    assert "init_continuous_batching" not in li.eject(plain).__dict__

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 import transformers
 from conftest import error, fill, same_bits
 from helpers.experts import MOE, MORE, expert_rule, experts
-from helpers.merging import merged_model
+from helpers.merging import load_checkpoint, merge, merged_model
 from helpers.reference import EXACT, RANK, SCALE, adapted, base_state, config, logits
 from helpers.refusals import refused
+from helpers.states import effect
 from helpers.training import tokenizer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -105,6 +108,14 @@ def test_in_each_way_to_multiply_it_is_the_dense_model_and_no_delta_is_kept(
     assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
 
 
+@pytest.mark.parametrize("family", MOE | MORE)
+def test_batched_products_begin_at_the_base(family: str) -> None:
+    model, _ = experts(family, "batched_mm", hidden_size=64)
+    with torch.no_grad():
+        plain = few(model)
+        assert same_bits(few(li.inject(model, config("all-experts"))), plain)
+
+
 @pytest.mark.parametrize(("part", "n_a", "n_b"), [("only", 2, 2), ("A", 1, 3), ("B", 3, 1)])
 def test_what_is_left_out_or_shared_takes_no_memory_and_others_get_it_in_full(
     part: str, n_a: int, n_b: int, tmp_path: Path
@@ -138,6 +149,80 @@ def test_what_is_left_out_or_shared_takes_no_memory_and_others_get_it_in_full(
     assert same_bits(logits(slot), logits(model))
     with refused(li.FormatError, "experts.gate_up_proj", model=slot):
         li.swap_adapter(slot, ours)  # which has every expert
+
+
+def deltas_of(plain: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """The dense delta of each stack in float64."""
+    wide = stacks(with_deltas(copy.deepcopy(plain).double(), model))
+    return {name: (p - plain.get_parameter(name)).detach() for name, p in wide.items()}
+
+
+def saved_with_adapter(family: str, folder: Path, rule: dict[str, Any]) -> tuple[Any, Any]:
+    """A model whose files are in `base`, and a copy with an adapter of its experts."""
+    plain = experts(family)[0]
+    plain.save_pretrained(folder / "base")
+    return plain, fill(li.inject(copy.deepcopy(plain), config(ALL | rule)))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])  # apart in files, and as a stack
+@pytest.mark.parametrize(("part", "weight"), [("only", None), ("only", 2), ("A", 2), ("B", None)])
+def test_merged_on_disk_it_is_the_dense_delta_of_each_part_of_a_stack(
+    part: str, weight: int | None, family: str, tmp_path: Path, run: Any
+) -> None:
+    """A value as it is, and a file with a weight."""
+    plain, model = saved_with_adapter(family, tmp_path, PARTS[part])
+    base, out = tmp_path / "base", tmp_path / "out"
+    if weight is None:
+        merge(base, [li.adapter_state(model)], out)
+    else:
+        path = li.save_adapter(model, tmp_path / "a", format="native")
+        assert run("merge", base, path, "-w", weight, "-o", out, "--verify").code == 0
+    deltas, merged = deltas_of(plain, model), type(plain).from_pretrained(out)
+    for name, W in plain.named_parameters():
+        due = W.double() + (weight or 1) * deltas.get(name, torch.zeros_like(W))
+        found = merged.get_parameter(name).double()
+        torch.testing.assert_close(found, due, rtol=0, atol=1e-5)
+
+
+def test_the_report_of_a_stack_is_that_of_all_its_experts(tmp_path: Path) -> None:
+    """The size of W was that of the chosen experts alone, and a damaged one beside them passed."""
+    plain, model = saved_with_adapter("gpt_oss", tmp_path, {"only": [0, 2]})
+    state = replace(li.adapter_state(model), fingerprint=None)
+    report = merge(tmp_path / "base", [state], tmp_path / "out")
+    tensors = load_checkpoint(tmp_path / "base")
+    for name, delta in deltas_of(plain, model).items():
+        size = float(delta.norm() / tensors[name].double().norm())
+        assert report.tensors[name].relative == pytest.approx(size, rel=1e-5)
+        damaged = tensors | {name: tensors[name].index_fill(0, torch.tensor([1]), torch.nan)}
+        save_file(damaged, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+        with refused(li.CheckpointError, f"'{name}'", "NaN"):
+            merge(tmp_path / "base", [state], tmp_path / "no")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_adapter_of_a_part_of_a_stack_is_truncated_to_one_of_all_experts(part: str) -> None:
+    plain = experts("mixtral")[0]
+    model = fill(li.inject(copy.deepcopy(plain), config(ALL | PARTS[part])))
+    cut = li.truncate(li.adapter_state(model), rank=RANK).state.sites
+    for name, due in deltas_of(plain, model).items():
+        torch.testing.assert_close(effect(cut[name]), due, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["value", "file"])
+def test_an_analysis_is_of_the_chosen_experts(given: str, tmp_path: Path, run: Any) -> None:
+    plain, model = saved_with_adapter("gpt_oss", tmp_path, {"only": [1, 2]})
+    path = li.save_adapter(model, tmp_path / "a", format="native")
+    adapter = li.adapter_state(model) if given == "value" else li.read_adapter(path)
+    found = li.analysis.analyze(adapter, tmp_path / "base")  # noqa: TID251 - a public name
+    deltas = deltas_of(plain, model)
+    for blocks in (found.blocks, found.on_weight()):
+        assert [block.label for block in blocks] == ["expert 1", "expert 2"] * 2
+    for block in found.blocks:
+        delta = deltas[block.site][int(block.label.removeprefix("expert "))]
+        torch.testing.assert_close(block.spectrum.values, torch.linalg.svdvals(delta)[:RANK])
+    ran = run("analyze", path, "--base", tmp_path / "base")
+    assert ran.code == 0, ran.err
+    assert "The delta is zero" not in ran.out + ran.err
 
 
 def test_parts_of_stacks_are_added_as_their_dense_deltas() -> None:
@@ -358,6 +443,13 @@ def test_a_profile_is_read_back_whatever_its_stacks_are_called(tmp_path: Path) -
     names = ("1e3", "no", "0x1", "1:30", "a.\x85b")  # of YAML 1.1 and of 1.2, some are numbers
     profile = li.classes.ExpertProfile(experts={name: [1, 0] for name in names})
     assert li.classes.ExpertProfile.from_yaml(profile.write(tmp_path / "p")) == profile
+
+
+def test_a_profile_is_written_to_a_path_of_the_user(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    profile = li.classes.ExpertProfile(experts={"h.0": [1, 2, 3]})
+    assert profile.write("~/profile.yaml") == tmp_path / "profile.yaml"
+    assert li.classes.ExpertProfile.from_yaml("~/profile.yaml") == profile
 
 
 def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> None:

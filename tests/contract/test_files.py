@@ -1,11 +1,15 @@
 """Adapters on disk: whole or not at all, and no header of a file that lies is believed."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import signal
+import socket
+import stat
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -199,6 +203,89 @@ def test_what_was_read_stays_whatever_becomes_of_the_files(layout: str, tmp_path
     assert read == OLD
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert read == OLD
+
+
+@every_place
+def test_a_mount_that_cannot_sync_a_folder_does_not_fail_a_save(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some network and FUSE mounts: EINVAL for folders only."""
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert li.read_adapter(write(NEW, tmp_path / PLACES[layout], layout)) == NEW
+
+
+def test_a_file_that_nobody_wrote_is_not_said_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer's file was there at the link, and is gone again."""
+
+    def link(*_: Any) -> None:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    monkeypatch.setattr(os, "link", link)
+    with refused(li.FormatError, "sql"):
+        li.write_adapter(NEW, tmp_path / "sql.safetensors", "native")
+    assert not (tmp_path / "sql.safetensors").exists()
+
+
+@every_place
+def test_what_a_killed_save_left_goes_with_the_next_one(layout: str, tmp_path: Path) -> None:
+    """After a day: younger ones may be of a save that goes on."""
+    name = PLACES[layout]
+    names = (f".{name}.0123456789ab.tmp", f".{name}.ba9876543210.tmp", ".else.0123456789ab.tmp")
+    left, young, other = (tmp_path / each for each in names)
+    for folder in (left, young, other):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"half")
+    os.utime(left, (10**9, 10**9))
+    os.utime(other, (10**9, 10**9))
+    write(NEW, tmp_path / name, layout)
+    assert {path.name for path in tmp_path.iterdir()} == {name, young.name, other.name}
+
+
+@pytest.fixture(params=["pipe", "socket", "device"])
+def no_file(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """What is neither a file nor a folder; who opens it and waits is interrupted."""
+    path = tmp_path / f"{request.param}.yaml"
+    if request.param == "pipe":
+        os.mkfifo(path)
+    elif request.param == "device":
+        path.symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as bound:
+        if request.param == "socket":
+            bound.bind(str(path))
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits"))
+        signal.alarm(20)
+        yield path
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(
+    no_file: Path, tmp_path: Path, run: Any
+) -> None:
+    """A pipe was waited for, and endless data read until the memory was full."""
+    adapter = li.write_adapter(NEW, tmp_path / "adapter")
+    (tmp_path / "lora.yaml").write_text("targets: [q_proj]")
+    for words in (
+        ("plan", no_file, adapter),
+        ("plan", tmp_path / "lora.yaml", no_file),
+        ("inspect", no_file),
+        ("merge", no_file, adapter, "-o", tmp_path / "out"),
+        ("rename", adapter, "a=b", "--output", no_file),
+        ("profile", adapter, "--data", no_file, "--output", tmp_path / "out"),
+    ):
+        ran = run(*words)
+        assert ran.code == 1
+        assert "neither a file nor a folder" in ran.err
+    for verb in (li.inject, li.load_adapter):
+        with refused(li.LoraInjectError, no_file.name, "neither a file nor a folder"):
+            verb(Several(), no_file)
 
 
 # Which format holds an adapter is said before it is trained, and one call always works ------------

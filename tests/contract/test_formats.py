@@ -268,6 +268,23 @@ def test_what_is_there_is_not_replaced_unasked(name: str, tmp_path: Path) -> Non
     li.write_adapter(state, path, name, overwrite=True, **CASES[name].write)
 
 
+@pytest.mark.parametrize("name", ["portable", "kohya"])
+def test_a_dtype_that_rounds_the_update_away_is_refused(name: str, tmp_path: Path) -> None:
+    state = state_of(SITES["linear"])
+    state.sites["h.0.fc"].B.mul_(1e-9)  # float16 counts in steps of 6e-8
+    with refused(li.FormatError, "site 'h.0.fc'", "float16"):
+        li.convert(state, tmp_path / "a", name, dtype="float16", **CASES[name].write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_that_is_folded_into_b_does_not_round_it_away(tmp_path: Path) -> None:
+    state = li.algebra.as_dtype(state_of(SITES["linear"].by(alpha=1e-6)), torch.float16)
+    with refused(li.FormatError, "site 'h.0.fc'", "float16"):
+        li.write_adapter(state, tmp_path / "a", "portable")
+    path = li.write_adapter(state, tmp_path / "a", "portable", dtype="float32")
+    same_effects(li.read_adapter(path), state, within=1e-5)
+
+
 UNFIT = {
     "together with Conv1D": [SITES["conv1d"], SITES["parameter"]],
     "'h.0.fc.table'": [SITES["linear"], SITES["parameter"].at("h.0.fc.table")],

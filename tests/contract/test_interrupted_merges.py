@@ -294,6 +294,20 @@ def test_an_output_that_would_touch_the_base_is_refused(case: Case, tmp_path: Pa
     assert content(case.base) == before
 
 
+@pytest.mark.parametrize("folder", ["merged", "deep/er"])
+def test_a_base_of_one_file_may_have_the_output_beside_it(
+    folder: str, tmp_path: Path, run: Any
+) -> None:
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path, tensors, stem="base") / "base.safetensors"
+    adapter = adapter_of(tensors, "q_proj")
+    for out in (tmp_path / folder, tmp_path / "again"):  # which takes nothing of the first one
+        merge(base, [adapter], out)
+        assert [path.name for path in out.iterdir()] == ["base.safetensors"]
+    with refused(li.CheckpointError, str(tmp_path)):
+        merge(base, [adapter], tmp_path)
+
+
 OCCUPIED: dict[str, tuple[Callable[[Case], Any], str]] = {
     "a file": (lambda case: case.out.write_text("a file"), "file"),
     "a folder": (write_notes, "notes.txt"),
@@ -355,6 +369,18 @@ def test_other_adapters_and_files_that_are_missing_or_were_added_are_told(
     ran = run(*files)
     assert ran.code == 1
     assert "model-00002-of-00003" in ran.out + ran.err
+
+
+def test_verifying_a_merge_in_another_dtype_names_the_option(
+    case: Case, files: Any, run: Any, tmp_path: Path
+) -> None:
+    words = (*files[:3], tmp_path / "wide")
+    assert run("merge", *files[1:3], "-o", words[-1], "--dtype", "float32").code == 0
+    ran = run(*words)
+    assert ran.code == 1
+    assert "F32 and not BF16" in " ".join((ran.out + ran.err).split())
+    assert "--dtype" in ran.out + ran.err
+    assert run(*words, "--dtype", "float32").code == 0
 
 
 def test_a_merge_verifies_before_it_publishes(case: Case, monkeypatch) -> None:

@@ -225,6 +225,20 @@ def test_mxfp4_experts_merge_as_transformers_dequantizes_them(tmp_path: Path, sh
         merge(tmp_path / "base", [state], tmp_path / "no", requantize=True)
 
 
+def test_unpacked_tensors_lie_in_the_order_of_their_codes_in_every_process(tmp_path: Path) -> None:
+    """Else verifying in another process finds another header, and a rerun begins anew."""
+    names, tensors = [f"{n}.up" for n in range(8)], {"q.weight": torch.randn(4, 4)}
+    for name in names:
+        codes = torch.randint(0, 256, (1, 4, 1, 16), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": torch.full((1, 4, 1), 120).byte()}
+    config = {"quantization_config": {"quant_method": "mxfp4"}}
+    state = state_of(linear("q", 4, 4))
+    merged(tmp_path, tensors, state, config=config, dequantize="bfloat16")
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert [name for name in header if name not in ("q.weight", "__metadata__")] == names
+
+
 def test_float_layers_of_a_quantized_base_merge_unasked(tmp_path: Path) -> None:
     packed = {"q.qweight": torch.zeros(1, 8).int(), "q.qzeros": torch.zeros(1, 1).int()}
     tensors = {**packed, "q.scales": torch.zeros(1, 8), "lm_head.weight": torch.randn(8, 8)}

@@ -107,6 +107,29 @@ def test_saving_an_adapter_that_adds_nothing_says_so(tmp_path: Path, caplog: Any
     assert "its update is 0 at each of its sites (1)" in caplog.text
 
 
+class Wrapper(nn.Module):
+    """Calls what is inside as PEFT's layers do."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+
+@pytest.mark.parametrize("inside", [nn.Linear(4, 6), nn.Sequential(nn.Linear(4, 6))])
+@pytest.mark.parametrize("layout", ["peft", "portable"])
+def test_a_module_called_base_layer_is_written_as_it_can_be_read(
+    layout: str, inside: nn.Module, tmp_path: Path
+) -> None:
+    plain = nn.Sequential(Wrapper(copy.deepcopy(inside)))
+    model = fill(li.inject(copy.deepcopy(plain), {"rank": 2, "targets": ["all-linear"]}))
+    path = li.save_adapter(model, tmp_path / "a", format=layout)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(li.load_adapter(plain, path)(x), model(x))
+
+
 def test_save_refuses_unknown_names_and_formats_and_to_overwrite(tmp_path: Path) -> None:
     model, x = injected(KINDS["linear"]), torch.randn(2, 5)
     with refused(li.StateError, "adapter_state", "'x'"):

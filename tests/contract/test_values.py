@@ -265,6 +265,20 @@ def test_dtype_selection_and_names() -> None:
             li.algebra.rename(state, names)
 
 
+def test_a_cast_keeps_a_small_update_where_the_dtype_has_room() -> None:
+    kept = delta(li.algebra.as_dtype(faint(), torch.bfloat16))
+    torch.testing.assert_close(kept, delta(faint()), rtol=0.02, atol=1e-11)
+
+
+def test_two_names_are_swapped() -> None:
+    state = li.adapter_state(two_layers(train=[]))
+    swapped = li.algebra.rename(state, {"0": "2", "2": "0"})
+    assert {name: swapped.sites[name].spec.in_features for name in "02"} == {"0": 8, "2": 6}
+    assert li.algebra.rename(swapped, {"0": "2", "2": "0"}).sites == state.sites
+    deep = li.algebra.rename(state, {"0": r"model.layers.0", "2": r"model.2"})
+    assert [*deep.sites] == ["model.layers.0", "model.2"]
+
+
 @pytest.mark.parametrize("start", ["kaiming", "pissa"])
 @pytest.mark.parametrize("kind", [*FUSED, "linear", "experts"])
 def test_fused_projections_are_split_and_joined_again(kind: str, start: str) -> None:
@@ -364,6 +378,13 @@ def huge() -> li.AdapterState:
     return state
 
 
+def faint() -> li.AdapterState:
+    """All of whose B is too small for float16, which counts in steps of 6e-8."""
+    state = one(LINEAR)
+    state.sites["h.0.fc"].B.mul_(1e-9)
+    return state
+
+
 def on_meta() -> li.AdapterState:
     with torch.device("meta"):
         return li.adapter_state(two_layers())
@@ -377,6 +398,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "no weight at all": (lambda: ONE * 0, ["0"]),
     "an alpha beyond floats": (lambda: (ONE * 1e308) * 1e308, ["h.0.fc", "alpha"]),
     "beyond a dtype": (lambda: li.algebra.as_dtype(huge(), torch.float16), ["h.0.fc", "float16"]),
+    "below a dtype": (
+        lambda: li.algebra.as_dtype(faint(), torch.float16),
+        ["'h.0.fc'", "float16", "torch.bfloat16"],
+    ),
     "no floating point": (lambda: li.algebra.as_dtype(ONE, torch.int8), ["int8"]),
     "no values": (lambda: li.truncate(on_meta(), rank=1), ["meta"]),
     "neither rank nor energy": (lambda: li.truncate(ONE), ["rank", "energy"]),

@@ -1,12 +1,14 @@
 """What PEFT, transformers and diffusers make of what they are handed: a folder, or tensors."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import error, fill
+from helpers.faults import content
 from helpers.models import IDS, denoised, tiny_llama, tiny_unet
 from helpers.reference import logits
 from helpers.refusals import refused
@@ -135,6 +137,49 @@ def test_transformers_and_peft_find_the_base_of_a_saved_adapter(tmp_path: Path) 
     own = with_adapter(nn.Sequential(nn.Linear(4, 4)), ["0"])
     told = config_of(li.save_adapter(own, tmp_path / "own"))
     assert (told["base_model_name_or_path"], told["task_type"]) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["..", "a\0b", "\ud800", "line\nbreak"])
+def test_save_pretrained_writes_no_adapter_outside_of_its_folder(name: str, tmp_path: Path) -> None:
+    model = with_adapter(tiny_llama(), ["q_proj"])
+    li.save_adapter(model, tmp_path)
+    before = content(tmp_path)
+    li.inject(model, {"rank": 2, "targets": ["v_proj"]}, name)
+    with refused(li.StateError, repr(name), "save_adapter", model=model):
+        model.save_pretrained(tmp_path / "inside")
+    assert content(tmp_path) == before
+
+
+SAVES: dict[str, Callable[[Any, Path], Any]] = {
+    "native": lambda model, path: li.save_adapter(model, path / "a.safetensors", format="native"),
+    "PEFT": lambda model, path: li.save_adapter(model, path / "a"),
+    "save_pretrained": lambda model, path: model.save_pretrained(path / "a"),
+    "a server": lambda model, path: li.peft_state(model, "default"),
+}
+
+
+@pytest.mark.parametrize("how", SAVES)
+def test_a_head_that_trains_beside_the_adapter_is_not_left_out_of_its_file(
+    how: str, tmp_path: Path
+) -> None:
+    model = adapted()
+    model(IDS)
+    model.lm_head.weight.requires_grad_(True)
+    with refused(li.StateError, "lm_head.weight", "train", model=model):
+        SAVES[how](model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.lm_head.weight.requires_grad_(False)
+    SAVES[how](model, tmp_path)
+
+
+def test_what_the_system_says_of_a_folder_is_an_error_of_ours(tmp_path: Path) -> None:
+    model = with_adapter(tiny_llama(), ["q_proj"])
+    (tmp_path / "file").write_text("a file")
+    with refused(li.FormatError, "file", model=model):
+        model.save_pretrained(tmp_path / "file" / "below")
+    li.inject(model, {"rank": 2, "targets": ["v_proj"]}, "n" * 300)
+    with refused(li.FormatError, "n" * 300, model=model):
+        model.save_pretrained(tmp_path / "long")
 
 
 def test_an_adapter_is_not_counted_twice_by_the_methods_of_transformers(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers import trainer as trainers
 
 import lora_inject as li
 
@@ -322,6 +323,30 @@ def test_only_one_of_two_adapters_may_train(tmp_path: Path) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
     loaded = li.load_adapter(llama(), tmp_path / "checkpoint-2" / "second")
     assert li.adapters(loaded)["default"].sites.keys() == li.adapters(model)["second"].sites.keys()
+
+
+def test_no_run_of_two_trainers_says_that_the_base_is_missing(tmp_path, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(trainers.logger, "warning", lambda text, *_: told.append(text))
+    shared = li.AdapterCheckpoint()
+    made = [trainer(tmp_path / name, injected(), checkpoint=shared) for name in "ab"]
+    for each in made:
+        each.train()
+    for each in (*made, made[0]):
+        each.train(resume_from_checkpoint=True)
+    assert not [words for words in told if "missing keys" in words]
+
+
+class Unfreeze(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            model.lm_head.weight.requires_grad_(True)
+
+
+def test_what_begins_to_train_in_a_run_is_refused_before_it_is_left_out(tmp_path: Path) -> None:
+    with refused(li.StateError, "lm_head.weight", "train"):
+        run(tmp_path, injected(), Unfreeze())
+    assert not (tmp_path / "checkpoint-2" / "adapter_config.json").exists()
 
 
 def test_a_checkpoint_that_lacks_a_part_of_the_base_is_still_reported(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from helpers.expert_loaders import as_sglang_loads_it, of_single_experts, of_stacks
 from helpers.experts import SIZES, THREE, TURNED, experts
-from helpers.merging import load_checkpoint, merge
+from helpers.merging import load_checkpoint, merge, merged
+from helpers.quantized import quantized
 from helpers.refusals import refused
 from helpers.states import effect, linear, parameter, state_of
 from helpers.versions import needs_transformers_5
@@ -110,6 +111,19 @@ def test_a_square_stack_that_is_merged_the_wrong_way_round_is_found(
     monkeypatch.setattr(Places, "is_transposed", of_shape)
     with refused(li.CheckpointError, "verify", f"'{MODULE}.0.gate_proj.weight'", "formula"):
         merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+
+
+def test_what_is_quantized_again_is_held_to_the_formula_before_it_is_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, scales = quantized(torch.randn(64, 64), (32, 32))
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
+    tensors = {"q.weight": codes, "q.weight_scale_inv": scales}
+    how = {"config": config, "requantize": True}
+    merged(tmp_path / "right", tensors, state_of(linear("q", 64, 64)), **how)
+    monkeypatch.setattr(Places, "is_transposed", lambda *_: True)
+    with refused(li.CheckpointError, "verify", "'q.weight'", "formula"):
+        merged(tmp_path / "wrong", tensors, state_of(linear("q", 64, 64)), **how)
 
 
 @pytest.mark.parametrize("hidden", [8, 12])

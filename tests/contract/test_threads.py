@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import error, fill
+from conftest import error, fill, refusal
 from helpers.forks import Forks
 from helpers.reference import random
 from helpers.refusals import refused
@@ -138,25 +138,16 @@ def _meet(meeting: threading.Barrier) -> None:
         meeting.wait(SHORT)
 
 
-def outcome(run: Callable[[], Any]) -> str:
-    """The class of what was raised, or nothing."""
-    try:
-        run()
-    except Exception as raised:  # noqa: BLE001 - any
-        return type(raised).__name__
-    return ""
-
-
 @pytest.mark.parametrize("names", [("a", "b"), ("a", "a")])
 def test_of_two_adapters_put_on_at_once_the_second_finds_the_first(names: tuple[str, str]) -> None:
     model, value, x = _net(), _copied_together(_value()), random(3, 4)
 
-    def put_on(name: str) -> str:
-        return outcome(lambda: li.install(model, value, name))
+    def put_on(name: str) -> Exception | None:
+        return refusal(lambda: li.install(model, value, name), Exception)
 
     with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(put_on, names))
-    assert sorted(outcomes) == ["", "" if names == ("a", "b") else "StateError"]
+        refusals = [raised for raised in pool.map(put_on, names) if raised is not None]
+    assert [type(raised) for raised in refusals] == [li.StateError] * (names == ("a", "a"))
     assert len(li.adapters(model)) == len(set(names))
     alone = li.install(_net(), _value())
     assert error(model(x), alone(x)) < 1e-12  # the first is active, and the second is not
@@ -179,7 +170,7 @@ def test_what_another_thread_puts_on_survives_a_refused_inject() -> None:
 
         def probe() -> None:
             loads.append(pool.submit(lambda: li.install(model, theirs, "theirs")))
-            outcome(lambda: loads[0].result(SHORT))
+            refusal(lambda: loads[0].result(SHORT), TimeoutError)
             model(x)
 
         with refused(li.LayerError, "1"):
