@@ -40,18 +40,14 @@ def test_a_copy_of_one_layer_works_alone(copied: Any) -> None:
     assert same_bits(model(x), wanted)
 
 
-def deeper() -> Any:
-    """An adapted model that was made deeper by a copy of its layer."""
-    model = fill(
-        li.inject(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), {"rank": 2, "targets": ["0"]})
-    )
-    li.activate(model, "default")  # looks at all layers
-    return model.append(copy.deepcopy(model[0]))
-
-
-def test_a_copy_of_a_layer_is_not_left_out_in_silence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("looked", [True, False])
+def test_a_copy_of_a_layer_is_not_left_out_in_silence(looked: bool, tmp_path: Path) -> None:
     """No file held its adapter, a merged and ejected model kept it, and it stayed on."""
-    model = deeper()
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    fill(li.inject(model, {"rank": 2, "targets": ["0"]}))
+    if looked:
+        li.activate(model, "default")  # looks at all layers
+    model.append(copy.deepcopy(model[0]))
     for verb in (
         lambda: li.disabled(model).__enter__(),
         lambda: li.activate(model, None),

@@ -72,16 +72,6 @@ def test_a_model_around_or_inside_an_injected_one_is_refused() -> None:
     li.inject(li.eject(whole)[0], RULE, "b")
 
 
-def test_a_layer_that_was_copied_after_inject_is_named_by_the_next_verb() -> None:
-    """It follows a setting of its own: `activate` would leave it as it was."""
-    model = li.inject(layers(), at(r"\d"))
-    model.append(copy.deepcopy(model[2]))
-    with refused(li.StateError, "'3'", model=model):
-        li.activate(model, None)
-    li.eject(model)
-    assert type(model[3]) is nn.Linear
-
-
 def test_a_part_whose_root_is_gone_can_be_ejected_and_injected_again() -> None:
     encoder = li.inject(Encoded(layers()), at(r"encoder\.2"), "a").encoder
     gc.collect()
@@ -96,10 +86,13 @@ def test_a_layer_that_was_replaced_is_named_and_eject_is_the_way_out(tmp_path: P
     old, model[2] = model[2], nn.Linear(4, 4)
     for verb in (
         lambda: li.save_adapter(model, tmp_path / "a"),
+        lambda: li.adapter_state(model),
         lambda: li.merge(model),
+        lambda: li.activate(model, "default"),
+        lambda: li.disabled(model).__enter__(),
         lambda: li.swap_adapter(model, li.AdapterState({})),
     ):
-        with refused(li.StateError, "'2'"):
+        with refused(li.StateError, "'2'", model=model):
             verb()
     li.eject(model)
     assert type(model[0]) is type(old) is nn.Linear

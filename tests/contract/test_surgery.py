@@ -252,13 +252,6 @@ def merged() -> Any:
     return model
 
 
-def replaced() -> Any:
-    """One of whose adapted layers was exchanged for a plain one after inject."""
-    model = fill(li.inject(Net(), {**FC, "targets": ["fc", "head"]}))
-    model.head = nn.Linear(6, 3)
-    return model
-
-
 # Of other verbs that a merged model refuses the state machine knows.
 UNKNOWN: dict[str, Callable[[Any], Any]] = {
     "eject": lambda m: li.eject(m, "sqll"),
@@ -282,20 +275,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], tuple[str, ...
         f"{verb} of an unknown name": (lambda: net("sql"), act, (verb, "'sqll'", "'sql'"))
         for verb, act in UNKNOWN.items()
     },
-    **{
-        f"{verb.__name__} where a layer was replaced": (replaced, verb, ("'head'",))
-        for verb in (li.adapter_state, li.merge)
-    },
-    "activate where a layer was replaced": (
-        replaced,
-        lambda m: li.activate(m, "default"),
-        ("'head'",),
-    ),
-    "disabled where a layer was replaced": (
-        replaced,
-        lambda m: li.disabled(m).__enter__(),
-        ("'head'",),
-    ),
 }
 
 

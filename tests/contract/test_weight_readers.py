@@ -371,17 +371,6 @@ def test_a_quantized_weight_that_a_parent_reads_is_refused_where_it_is_used() ->
         assert net(x).shape == (2, 32)
 
 
-def test_quantizing_after_inject_is_refused() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    model = fill(li.inject(nn.Sequential(nn.Linear(32, 32)), {**CONFIG, "targets": ["0"]}))
-
-    def quantize() -> None:
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-
-    with refused(li.LayerError, "'weight'", "merge(model", model=model):
-        quantize()
-
-
 def test_a_graph_that_would_hold_what_was_read_as_a_constant_is_refused() -> None:
     model = fill(li.inject(Reading().double(), {**CONFIG, "targets": ["read"]}))
     with refused(li.LayerError, "symbolic_trace", "torch.export", model=model):
