@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import check_keys
-from lora_inject.core.adapter.fingerprint import N_SAMPLES, Fingerprint, Sampled
+from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, sample_positions
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import Count, Index, Positive, fault_in
@@ -233,9 +233,8 @@ def _sampled(
     moved: tuple[int, ...],
 ) -> Sampled:
     """Return what is said of one weight of the base; it has a value for each position."""
-    numel = math.prod(shape)
-    n = min(numel, N_SAMPLES) + len(moved)
-    if moved and max(moved) >= numel:
+    n = len(sample_positions(shape)) + len(moved)
+    if moved and max(moved) >= math.prod(shape):
         problem = f"the positions of {name!r} are not all inside of it"
         raise FormatError("fingerprint", problem, _EDITED)
     if text is None:

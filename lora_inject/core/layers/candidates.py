@@ -111,7 +111,7 @@ class _Listing:
 
     def _mixtures(self) -> tuple[Mixture, ...]:
         """Return the blocks that route tokens; without lists and stacks there are none."""
-        lists = any(isinstance(m, nn.ModuleList | nn.ModuleDict) for _, m in self.survey.modules)
+        lists = any(issubclass(cls, nn.ModuleList | nn.ModuleDict) for cls in self.classes)
         if not lists and all(c.experts is None for c in self.candidates):
             return ()
         self.candidates, mixtures = with_mixtures(self.survey, self.candidates)

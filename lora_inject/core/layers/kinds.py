@@ -36,7 +36,6 @@ from lora_inject.core.layers.adapted import (
     plain_class,
 )
 from lora_inject.core.layers.attached import (
-    Entry,
     Recipe,
     check_mixed,
     factors_of,
@@ -464,11 +463,6 @@ KINDS: dict[str, type[Adapted]] = {row.kind: row for row in _BUILT_IN}
 def kind_of(layer: type[nn.Module]) -> type[Adapted] | None:
     """Return the class of the first row that matches a layer's class."""
     return next((row for row in KINDS.values() if row.matches(layer)), None)
-
-
-def mixin_of(entry: Entry) -> type[Adapted]:
-    """Return the mixin by which a module carries an entry: its kind's, or that of reads."""
-    return KINDS[entry.spec.kind] if entry.on_output else WeightUpdate  # type: ignore[union-attr]
 
 
 def register_kind(row: type[Adapted]) -> type[Adapted]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.factors import master_dtype
+from lora_inject.core.layers.adapted import WeightUpdate
 from lora_inject.core.layers.attached import attached_to
-from lora_inject.core.layers.kinds import mixin_of
+from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.library import begin_training, loaded_libraries
 from lora_inject.core.layers.selection import Mix, Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
@@ -95,7 +97,7 @@ def put(
         may_change = _may_train(survey, before if train and alone else None)
         with all_or_nothing(modules, kept, may_change) as trained:
             root = become_root(survey.model)
-            gained = any(place.entry.gained for place in wanted)
+            gained = any(map(attrgetter("entry.gained"), wanted))
             carrying = {id(place.module): place.module for place in wanted}
             adapter = Adapter(name, config, [*carrying.values()], gained)
             root.adapters[name] = adapter
@@ -169,8 +171,10 @@ def _put_all(
     """Swap the class of each module that has none of ours yet, and add its entry to it."""
     for place, held in zip(wanted, parameters, strict=True):
         entry, module = place.entry, place.module
-        reads = () if entry.on_output else (entry.param,)
-        attached = swap(module, selection, mixin_of(entry), reads)
+        if entry.on_output:
+            attached = swap(module, selection, KINDS[entry.spec.kind], ())  # type: ignore[union-attr]
+        else:
+            attached = swap(module, selection, WeightUpdate, (entry.param,))
         for role, flat in entry.names.items():
             module._parameters[flat] = held[role]
         attached.add(entry)

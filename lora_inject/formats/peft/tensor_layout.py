@@ -161,13 +161,14 @@ def unpack(spec: SiteSpec, tensors: Mapping[str, Tensor], *, turned: bool = Fals
     It is an error if a shape is another than `file_shapes` says, or if B is not zero where the
     slices say that nothing is adapted.
     """
-    for role, due in file_shapes(spec, turned=turned).items():
-        if tensors[role].shape != due:
-            problem = f"its {role} has the shape {tuple(tensors[role].shape)} where {due} is due"
+    due = file_shapes(spec, turned=turned)
+    for role, shape in due.items():
+        if tensors[role].shape != shape:
+            problem = f"its {role} has the shape {tuple(tensors[role].shape)} where {shape} is due"
             raise FormatError(f"site '{spec.name}'", problem, "The file was edited; fetch it again")
     further = {r: tensors[r].reshape(spec.shapes[r]) for r in spec.shapes if r in "mb"}
     a, b = tensors["A"], tensors["B"]
-    if not turned and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
+    if not turned and due == spec.shapes:
         return SiteState(spec, a, b, further=further)
     experts, rank = spec.experts or 1, pair_rank(spec)
     a = a.reshape(experts, rank, -1)
