@@ -130,6 +130,26 @@ def test_a_module_called_base_layer_is_written_as_it_can_be_read(
     torch.testing.assert_close(li.load_adapter(plain, path)(x), model(x))
 
 
+class Table(nn.Embedding):
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.token_adapter = nn.Linear(4, 4)  # as PEFT calls what trains rows
+
+
+def test_rows_lie_where_peft_puts_them_beside_an_adapted_module_of_that_name(
+    tmp_path: Path,
+) -> None:
+    model = nn.Sequential(Table())
+    li.inject(model, {"rank": 1, "targets": ["token_adapter"], "tokens": {"0.weight": [1, 5]}})
+    li.save_adapter(model, tmp_path / "a")
+    keys = {key.removeprefix("base_model.model.") for key in tensors_of(tmp_path / "a")}
+    assert keys == {
+        "0.token_adapter.trainable_tokens_delta",
+        "0.token_adapter.lora_A.weight",
+        "0.token_adapter.lora_B.weight",
+    }
+
+
 def test_save_refuses_unknown_names_and_formats_and_to_overwrite(tmp_path: Path) -> None:
     model, x = injected(KINDS["linear"]), torch.randn(2, 5)
     with refused(li.StateError, "adapter_state", "'x'"):

@@ -114,7 +114,8 @@ def layout_of(
             keys = _KEYS_OF_EMBEDDING if spec.kind == "embedding" else _KEYS
             sites[spec.name] = {role: f"{path}.{keys[role]}" for role in spec.shapes}
             path += ".base_layer"
-    full = {n: path_of(joined(parent(n), ROWS) if n in rows else n) for n in trained}
+    full = {name: path_of(name) for name in trained}
+    full |= {name: joined(parent(full[name]), ROWS) for name in full if name in rows}
     every = [*chain.from_iterable(map(dict.values, sites.values())), *full.values()]
     check_no_clash(every)
     return Layout(sites, full, every)
