@@ -24,11 +24,11 @@ from lora_inject.core.functional.factors import Update, compute_dtype
 from lora_inject.core.functional.plain_operations import add_updates, embedding
 from lora_inject.core.functional.torch_inside import constant_in_graphs
 from lora_inject.core.layers.adapted import Adapted
-from lora_inject.core.layers.attached import factors_of, held_by
+from lora_inject.core.layers.attached import Recipe, factors_of, held_by
 from lora_inject.core.layers.kinds import LoRAEmbedding, LoRALinear
 from lora_inject.core.layers.selection import SELECTIONS, Mix, Selected, alive
 from lora_inject.core.layers.sending import sent
-from lora_inject.rows.bank import routed_update, stacked
+from lora_inject.rows.bank import bank_of, routed_update, stacked
 from lora_inject.rows.by_row import Rows
 from lora_inject.rows.seen import Routed, refuse_ambiguous
 
@@ -74,10 +74,12 @@ class ChosenMix(Mix):
         numbers, adapters = eligible(layer, self.names)
         if not adapters or not choice.shape[0]:
             return y
-        if len({u.dropout for updates in adapters for u in updates}) > 1:
+        dropouts = {r.dropout if layer.training else 0.0 for rs in adapters for r in rs}
+        if len(dropouts) > 1:
             return self._by_names(layer, args, kwargs)
-        dtype = compute_dtype(y.dtype, attached.float32)
-        chosen = chosen_factors(choice, numbers, adapters, y.size(-1), dtype)
+        dtype, held = compute_dtype(y.dtype, attached.float32), held_by(layer)
+        A, B, scale = chosen_factors(choice, numbers, adapters, held, y.size(-1), dtype)
+        chosen = Update(A, B, scale, dropout=adapters[0][0].dropout if layer.training else 0.0)
         if isinstance(layer, LoRAEmbedding):
             return layer._lora_with_updates(args, kwargs, [chosen])
         x = layer._lora_input(args, kwargs)
@@ -126,8 +128,11 @@ class ChosenRows(Rows):
         rows = rows.repeat_interleave(x.shape[0] // n)
         out = base = layer._lora_without_updates(args, kwargs)
         if isinstance(layer, LoRALinear):
-            return routed_update(base, x, rows, adapters, float32=attached.float32)
-        for place, updates in enumerate(adapters, 1):
+            bank, held = bank_of(adapters, base=True), held_by(layer)
+            float32, drops = attached.float32, layer.training
+            return routed_update(base, x, bank, held, rows, float32=float32, drops=drops)
+        for place, recipes in enumerate(adapters, 1):
+            updates = factors_of(recipes, held_by(layer), training=layer.training)
             own = embedding(base, x, updates, layer.padding_idx, float32=attached.float32)
             out = torch.where((rows == place).view(-1, *[1] * (base.dim() - 1)), own, out)
         return out
@@ -146,7 +151,7 @@ def fullgraph_cannot_route_mixes_nor_a_layer_that_runs_for_each_adapter(
     return rows.forward(layer, args, kwargs)
 
 
-def eligible(layer: Adapted, names: Mapping[str, float]) -> tuple[list[int], list[list[Update]]]:
+def eligible(layer: Adapted, names: Mapping[str, float]) -> tuple[list[int], list[list[Recipe]]]:
     """Return the numbers of the adapters among which a compiled graph chooses, and their updates.
 
     Those that train must be constants of a graph where gradients are asked for: it cannot leave one
@@ -158,7 +163,7 @@ def eligible(layer: Adapted, names: Mapping[str, float]) -> tuple[list[int], lis
         trains = any(held[flat].requires_grad for flat in entry.names.values())
         if not (grad and trains) or name in names:
             numbers.append(number_of(name))
-            adapters.append(factors_of(entry.recipes(1.0), held, training=layer.training))
+            adapters.append([*entry.recipes(1.0)])
     return numbers, adapters
 
 
@@ -204,24 +209,25 @@ def number_of(adapter: str) -> int:
 def chosen_factors(
     choice: Tensor,
     numbers: Sequence[int],
-    adapters: Sequence[Sequence[Update]],
+    adapters: Sequence[Sequence[Recipe]],
+    held: Mapping[str, Tensor],
     out: int,
     dtype: torch.dtype,
-) -> Update:
-    """Return one update that equals those of the adapters that a tensor names.
+) -> tuple[Tensor, Tensor, float]:
+    """Return A, B and scale of one update that equals those of the adapters that a tensor names.
 
     `choice` is `(k, 2)`, float64: number and weight of each chosen adapter; `numbers` are those of
-    this layer's adapters, which all have the same dropout. Adapters that are not chosen do not
-    reach the output, not even where they hold NaN; where they require a gradient, it is zero.
+    this layer's adapters. Adapters that are not chosen do not reach the output, not even where they
+    hold NaN; where they require a gradient, it is zero.
     """
-    A_bank, B_T_bank, scale = stacked(adapters, out, dtype)
+    bank = bank_of(adapters, base=False)
+    A_bank, B_T_bank = stacked(bank, held, out, dtype)
     rows = chosen_rows(choice[:, 0], numbers)
     index, here = (rows - 1).clamp(min=0), (rows > 0)[:, None, None]
     weights = choice[:, 1].to(dtype)[:, None, None]
     A = torch.where(here, A_bank.index_select(0, index), 0)
     B_T = torch.where(here, B_T_bank.index_select(0, index) * weights, 0)
-    p = adapters[0][0].dropout
-    return Update(A.flatten(0, 1), B_T.flatten(0, 1).t(), scale, dropout=p)
+    return A.flatten(0, 1), B_T.flatten(0, 1).t(), bank.scale
 
 
 def chosen_rows(chosen: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -8,65 +8,112 @@ because fused optimizers write tensors without a change of their versions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Update, cast, compute_dtype, without_autocast
+from lora_inject.core.functional.factors import Spans, cast, compute_dtype, without_autocast
 from lora_inject.core.functional.plain_operations import spread
 from lora_inject.core.functional.torch_inside import runs_plainly
+from lora_inject.core.layers.attached import Recipe
+
+
+class Bank(NamedTuple):
+    """How the adapters that rows may have stand in a stack, by the names of their tensors.
+
+    Attributes:
+        A: The names of A, one after the other.
+        B: The names of B.
+        rank: The rank of each adapter in the stack.
+        zeros: Before which of these so many ranks of zeros stand: for the base, or as padding.
+        scale: The factor on all products.
+        changed: Which B is not taken as it is: its number, a factor, and its spans.
+        dropouts: By which probability each place drops in training.
+    """
+
+    A: Sequence[str]
+    B: Sequence[str]
+    rank: int
+    zeros: Sequence[tuple[int, int]]
+    scale: float
+    changed: Sequence[tuple[int, float, Spans | None]]
+    dropouts: Sequence[float]
+
+
+def bank_of(adapters: Sequence[Sequence[Recipe]], *, base: bool) -> Bank:
+    """Return the bank of some adapters of any ranks; with `base` the first place is the base."""
+    flat = [recipe for recipes in adapters for recipe in recipes]
+    ranks = [sum(recipe.rank for recipe in recipes) for recipes in adapters]
+    rank, end = max(ranks), 0
+    zeros = [(0, rank)] if base else []
+    for recipes, own in zip(adapters, ranks, strict=True):
+        end += len(recipes)
+        if own < rank:
+            zeros.append((end, rank - own))
+    dropouts = [recipes[0].dropout for recipes in adapters]
+    dropouts = [0.0, *dropouts] if base else dropouts
+    one_scale = all(recipe.scale == flat[0].scale for recipe in flat)
+    scale = flat[0].scale if one_scale else 1.0
+    factors = [1.0 if one_scale else recipe.scale for recipe in flat]
+    both = enumerate(zip(factors, flat, strict=True))
+    changed = [(i, factor, r.spans) for i, (factor, r) in both if r.spans or factor != 1.0]
+    return Bank([r.A for r in flat], [r.B for r in flat], rank, zeros, scale, changed, dropouts)
 
 
 def routed_update(
     y: Tensor,
     x: Tensor,
-    places: Tensor,
-    adapters: Sequence[Sequence[Update]],
+    bank: Bank,
+    held: Mapping[str, Tensor],
+    places: Tensor | None,
     *,
     float32: bool,
-    in_order: bool = False,
+    drops: bool = False,
 ) -> Tensor:
     """Add to each row of a batch the update of its own adapter.
 
     Args:
         y: `(batch, ..., out)`.
         x: `(batch, ..., in)`.
-        places: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter. Fewer
-            stand for as many equal runs of rows.
-        adapters: The updates of each adapter, of any ranks.
+        bank: The adapters.
+        held: Their tensors by name.
+        places: `(batch,)`, int64: the place of each row's adapter in the stack. Fewer stand for as
+            many equal runs of rows; None for one run of each place, in order, gathers nothing.
         float32: Keep the arithmetic in float32 over a 16-bit base.
-        in_order: Whether the places are 1, 2, ... to the number of adapters: none is gathered.
+        drops: Whether each row drops elements of its input with its adapter's probability.
 
     Returns:
         `(batch, ..., out)`, in the dtype of `y`. Rows of the base keep their bits.
 
     Examples:
-        >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
+        >>> held = {"A": torch.randn(2, 4), "B": torch.randn(6, 2)}
         >>> y, x = torch.zeros(2, 1, 6), torch.randn(2, 1, 4)
-        >>> adapters = [[Update(A, B, 0.5)]]
-        >>> routed = routed_update(y, x, torch.tensor([1, 0]), adapters, float32=False)
-        >>> torch.allclose(routed[0], 0.5 * x[0] @ A.T @ B.T, atol=1e-6), bool(routed[1].any())
+        >>> bank = bank_of([[Recipe("A", "B", 2, 0.5)]], base=True)
+        >>> routed = routed_update(y, x, bank, held, torch.tensor([1, 0]), float32=False)
+        >>> added = 0.5 * x[0] @ held["A"].T @ held["B"].T
+        >>> torch.allclose(routed[0], added, atol=1e-6), bool(routed[1].any())
         (True, False)
     """
     with without_autocast(y) or nullcontext():
         dtype = compute_dtype(y.dtype, float32)
-        A, B_T, scale = stacked(adapters, y.shape[-1], dtype, base=not in_order)
-        if not in_order:
+        A, B_T = stacked(bank, held, y.shape[-1], dtype)
+        if places is not None:
             A, B_T = A.index_select(0, places), B_T.index_select(0, places)
-        x3 = x.reshape(places.shape[0], -1, x.shape[-1])
-        y3 = cast(y.reshape(places.shape[0], -1, y.shape[-1]), dtype)
-        x3 = _routed_dropout(x3, places, [updates[0].dropout for updates in adapters])
+        x3 = x.reshape(A.size(0), -1, x.shape[-1])
+        y3 = cast(y.reshape(A.size(0), -1, y.shape[-1]), dtype)
+        if drops and any(bank.dropouts):
+            x3 = _routed_dropout(x3, bank.dropouts, places)
         h = _thin(x3, A)
-        return cast(torch.baddbmm(y3, h, B_T, alpha=scale), y.dtype).view(y.shape)
+        return cast(torch.baddbmm(y3, h, B_T, alpha=bank.scale), y.dtype).view(y.shape)
 
 
 def _thin(x3: Tensor, A: Tensor) -> Tensor:
     """Return `x A^T` in the dtype of A; backward keeps a narrower x as it is, and no wide copy."""
     if x3.dtype == A.dtype or not runs_plainly() or not torch.is_grad_enabled():
-        return torch.bmm(x3.to(A.dtype), A.mT)
+        return torch.bmm(cast(x3, A.dtype), A.mT)
     output: Tensor = _Widened.apply(x3, A)  # type: ignore[no-untyped-call]
     return output
 
@@ -87,55 +134,32 @@ class _Widened(torch.autograd.Function):
         )
 
 
-def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Tensor:
-    """Drop elements of each row with its adapter's probability."""
-    if not any(dropouts):
-        return x3
+def _routed_dropout(x3: Tensor, dropouts: Sequence[float], places: Tensor | None) -> Tensor:
+    """Drop elements of each row with the probability of its place."""
     # Filled on the device: a tensor of Python numbers would be copied there in each forward.
-    p = torch.stack([x3.new_full((), p) for p in (0.0, *dropouts)]).index_select(0, places)
-    p = p.view(-1, 1, 1)
+    p = torch.stack([x3.new_full((), p) for p in dropouts])
+    p = (p if places is None else p.index_select(0, places)).view(-1, 1, 1)
     return x3 * (torch.rand_like(x3) >= p) / (1 - p)
 
 
 def stacked(
-    adapters: Sequence[Sequence[Update]],
-    out: int,
-    dtype: torch.dtype,
-    *,
-    base: bool = False,
-) -> tuple[Tensor, Tensor, float]:
-    """Stack adapters as A and B^T, `(n, R, in)` and `(n, R, out)`, and return their scale.
+    bank: Bank, held: Mapping[str, Tensor], out: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Stack adapters as A and B^T, `(n, rank, in)` and `(n, rank, out)`.
 
-    Spans are included, and smaller ranks are padded with zeros; with `base` zeros come before the
-    first, for no adapter. With the rank as rows both lie as products of batches want them: over
-    a float32 base a token of 16 rows took 12 times as long with a stack of B, on one CPU.
+    With the rank as rows both lie as products of batches want them: with a stack of B, a token of
+    16 rows took three times as long over a 16-bit base, on one CPU. The zeros are transposed as B
+    is, as torch copies at once what has equal strides.
     """
-    As, Bs, scales = map(list, zip(*(_one_pair(us, out, dtype) for us in adapters), strict=True))
-    scale = scales[0]
-    if any(other != scale for other in scales):
-        Bs, scale = [B * own for B, own in zip(Bs, scales, strict=True)], 1.0
-    rank = max(A.size(0) for A in As)
+    As, Bs = [held[name] for name in bank.A], [held[name] for name in bank.B]
+    for number, factor, spans in bank.changed:
+        own = Bs[number] if factor == 1.0 else Bs[number] * factor
+        Bs[number] = spread(own, spans, out)
+    if bank.zeros:
+        no_A, no_B = As[0].new_zeros(bank.rank, As[0].size(1)), Bs[0].new_zeros(out, bank.rank)
+        for number, n in reversed(bank.zeros):
+            As.insert(number, no_A[:n])
+            Bs.insert(number, no_B[:, :n])
     # Cast as a stack: that is one launch for any number of adapters.
-    A = _stacked(As, rank, base=base).to(dtype)
-    return A, _stacked([B.t() for B in Bs], rank, base=base).to(dtype), scale
-
-
-def _stacked(factors: Sequence[Tensor], rank: int, *, base: bool) -> Tensor:
-    """Stack factors `(r, width)` with zeros behind each, up to a rank, and first for the base."""
-    zeros = factors[0].new_zeros(rank, factors[0].size(1))
-    pieces = [zeros] if base else []
-    for factor in factors:
-        pieces += [factor, zeros[len(factor) :]] if len(factor) < rank else [factor]
-    return torch.cat(pieces).view(-1, *zeros.shape)
-
-
-def _one_pair(
-    updates: Sequence[Update], out: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, float]:
-    """Return `A (R, in)`, `B (out, R)` and a scale, as one plain pair that equals all updates."""
-    if len(updates) == 1 and updates[0].spans is None:
-        u = updates[0]
-        return u.A, u.B, u.scale
-    As = [u.A.to(dtype) for u in updates]
-    Bs = [spread(u.B.to(dtype) * u.scale, u.spans, out) for u in updates]
-    return torch.cat(As), torch.cat(Bs, dim=1), 1.0
+    A, B_T = cast(torch.cat(As), dtype), cast(torch.cat([B.t() for B in Bs]), dtype)
+    return A.view(-1, bank.rank, A.size(1)), B_T.view(-1, bank.rank, out)

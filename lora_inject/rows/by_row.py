@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.lazy import lazy_weight
-from lora_inject.core.layers.attached import Entry, Recipe, factors_of, held_by
+from lora_inject.core.layers.attached import Entry, Recipe, held_by
 from lora_inject.core.layers.kinds import LoRALinear
 from lora_inject.core.layers.selection import Mix, Selected, in_context
 from lora_inject.core.layers.sending import queue_of, sent
 from lora_inject.errors import LayerError
-from lora_inject.rows.bank import routed_update
+from lora_inject.rows.bank import Bank, bank_of, routed_update
 
 Row = tuple[tuple[str, float], ...]
 """What takes part in a row: adapters with their weights; none for the base."""
@@ -51,13 +50,14 @@ class Taking(NamedTuple):
 
     Attributes:
         entries: All of it.
-        each: The rows that have something on its output, and their updates.
-        adds: Whether that is all, and can be added by row.
+        bank: The updates, if they are all, and can be added by row.
+        places: The place of each row in the bank. Fewer stand for as many equal runs of rows; None
+            for one run of each place, in order.
     """
 
     entries: Sequence[Entry]
-    each: Mapping[Row, Sequence[Recipe]]
-    adds: bool
+    bank: Bank | None = None
+    places: tuple[int, ...] | None = None
 
 
 class Rows(Selected):
@@ -75,7 +75,7 @@ class Rows(Selected):
         self.names = dict.fromkeys((name for row in self.rows for name, _ in row), 1.0)
         self.mixes = {row: Mix(dict(row)) for row in dict.fromkeys(self.rows)}
         self._taking: dict[Any, Taking] = {}
-        self._blocks: dict[Any, tuple[Tensor, bool]] = {}
+        self._places: dict[Any, Tensor] = {}
         self._index: dict[Any, tuple[list[tuple[Mix, Tensor]], Tensor]] = {}
 
     @property
@@ -91,9 +91,9 @@ class Rows(Selected):
         if not taking.entries:
             return layer._lora_mixed(_BASE, args, kwargs)
         layer._lora_check_vain(t for entry in taking.entries for t in entry.tensors(layer).values())
-        if taking.adds:
-            return self.banked(layer, taking, args, kwargs)
-        return self.apart(layer, args, kwargs)
+        if taking.bank is None:
+            return self.apart(layer, args, kwargs)
+        return self.banked(layer, taking, taking.bank, args, kwargs)
 
     def read(
         self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
@@ -126,11 +126,23 @@ class Rows(Selected):
             attached.used(entries)
             each = {row: recipes for row in self.mixes if (recipes := _recipes(attached, row))}
             adds = isinstance(layer, LoRALinear)
-            adds = adds and all(entry.on_output for entry in entries)
-            adds = adds and not any(entry.gained for entry in entries)
+            adds = adds and all(entry.on_output and not entry.gained for entry in entries)
             adds = adds and all(len({r.dropout for r in recipes}) == 1 for recipes in each.values())
-            known = self._taking[attached] = Taking(entries, each, adds)
+            known = self._banked(entries, each) if adds and each else Taking(entries)
+            self._taking[attached] = known
         return known
+
+    def _banked(self, entries: Sequence[Entry], each: Mapping[Row, Sequence[Recipe]]) -> Taking:
+        """Return what the rows have of a layer that takes it from a bank."""
+        base = len(each) < len(self.mixes)
+        place = {row: i for i, row in enumerate(each, base)}
+        places = [place.get(row, 0) for row in self.rows]
+        runs = (len(list(same)) for _, same in groupby(places))
+        places = places[:: math.gcd(*runs)]
+        in_order = places == [*range(len(each) + base)]
+        return Taking(
+            entries, bank_of([*each.values()], base=base), None if in_order else (*places,)
+        )
 
     def number_of_rows(self, layer: Any, x: Tensor) -> int | None:
         """Return how long the first axis of an input is; None if that is not the rows."""
@@ -168,31 +180,30 @@ class Rows(Selected):
     # ------------------------------------------------------------------------------------ two ways
 
     def banked(
-        self, layer: Any, taking: Taking, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        layer: Any,
+        taking: Taking,
+        bank: Bank,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
         """Add to each row of a layer's output the update of its own adapter."""
         x = layer._lora_input(args, kwargs)
         if x.is_nested:
             problem = f"a {type(layer).__name__} got a nested tensor"
             raise LayerError(self.asked, problem, "Pad the batch, or run each adapter's rows alone")
-        count = self.rows_first(layer, x)
-        if count is None:
+        if self.rows_first(layer, x) is None:
             plain: Tensor = layer._lora_without_updates(args, kwargs)
             return plain
-        held, training = held_by(layer), self.drops(layer)
-        adapters = [factors_of(each, held, training=training) for each in taking.each.values()]
-        x, adapters = self.dropped(layer, x, taking, adapters)
+        x, drops = self.dropped(layer, x, taking)
         y: Tensor = layer._lora_without_updates(args, kwargs)
-        blocks, in_order = self.blocks(tuple(taking.each), count, x.device)
-        float32 = layer._lora.float32
-        return routed_update(y, x, blocks, adapters, float32=float32, in_order=in_order)
+        places, float32 = self._sent(taking.places, x.device), layer._lora.float32
+        return routed_update(y, x, bank, held_by(layer), places, float32=float32, drops=drops)
 
-    def dropped(
-        self, layer: Any, x: Tensor, taking: Taking, adapters: list[list[Update]]
-    ) -> tuple[Tensor, list[list[Update]]]:
-        """Return the input of the adapters, and their updates with what is yet to be dropped."""
-        del layer, taking
-        return x, adapters
+    def dropped(self, layer: Any, x: Tensor, taking: Taking) -> tuple[Tensor, bool]:
+        """Return the input of the adapters, and whether it is yet to be dropped."""
+        del taking
+        return x, self.drops(layer)
 
     def apart(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layer once for each adapter, on the rows of that adapter."""
@@ -246,23 +257,14 @@ class Rows(Selected):
 
     # --------------------------------------------------------------------------- where the rows are
 
-    def blocks(
-        self, have: tuple[Row, ...], count: int, device: torch.device
-    ) -> tuple[Tensor, bool]:
-        """Return which of some rows each equal run of a batch has, and if it has each in order.
-
-        1 + the place among those that are given, 0 for any other.
-        """
-        key = have, count, queue_of(device)
-        if key not in self._blocks:
-            place = {row: i for i, row in enumerate(have, 1)}
-            numbers = [
-                place.get(row, 0) for row in self.rows for _ in range(count // len(self.rows))
-            ]
-            runs = (len(list(same)) for _, same in groupby(numbers))
-            blocks = numbers[:: math.gcd(*runs)]
-            self._blocks[key] = sent(blocks, device), blocks == list(place.values())
-        return self._blocks[key]
+    def _sent(self, places: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+        """Return the places of rows on a device."""
+        if places is None:
+            return None
+        key = places, queue_of(device)
+        if key not in self._places:
+            self._places[key] = sent(places, device)
+        return self._places[key]
 
     def index(self, count: int, device: torch.device) -> tuple[list[tuple[Mix, Tensor]], Tensor]:
         """Return where the rows of each mix are, and where each is when these stand in turn."""

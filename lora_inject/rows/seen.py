@@ -457,8 +457,7 @@ def _pictured(survey: Survey) -> tuple[list[str], list[str]]:
 
 def refuse_ambiguous(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:
     """Raise where time, before or after the batch, is as long as the batch."""
-    attached = attached_to(layer)
-    if attached is None or not attached.time_major:
+    if not layer._lora.time_major:
         return
     if x.dim() > (2 if x.is_floating_point() else 1) and x.shape[1] in (n_rows, n_rows * repeat):
         raise LayerError(

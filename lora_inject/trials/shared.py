@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lora_inject.core.functional.factors import Update
 from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import factors_of, held_by
 from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward
@@ -122,9 +121,7 @@ class TrialRows(Rows):
 
     # ------------------------------------------------------------------------------------- dropout
 
-    def dropped(
-        self, layer: Adapted, x: Tensor, taking: Taking, adapters: list[list[Update]]
-    ) -> tuple[Tensor, list[list[Update]]]:
+    def dropped(self, layer: Adapted, x: Tensor, taking: Taking) -> tuple[Tensor, bool]:
         """Return the input of the adapters after the dropout of each trial."""
         p = {entry.adapter: entry.spec.dropout for entry in taking.entries if entry.spec}
         if self.seeds is not None and any(p.values()):
@@ -132,7 +129,7 @@ class TrialRows(Rows):
             parts = torch.split(x, [n * each for n in self.of.sizes.values()])
             named = zip(self.of.sizes, parts, strict=True)
             x = torch.cat([self._drop(layer, n, part, p.get(n, 0.0)) for n, part in named])
-        return x, [[u._replace(dropout=0.0) for u in updates] for updates in adapters]
+        return x, False
 
     def _alone(
         self, layer: LoRALinear, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]

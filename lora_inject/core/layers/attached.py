@@ -112,7 +112,8 @@ class Entry:
         assert spec is not None
         spans = spec.spans if spec.slices else None
         for A, B, sign in self.pairs():
-            yield Recipe(A, B, sign * spec.scale * weight, spans, spec.dropout)
+            scale = sign * spec.scale * weight
+            yield Recipe(A, B, spec.a_shape[-2], scale, spans, spec.dropout)
 
     def patches(self, held: Mapping[str, Tensor], weight: float) -> list[Patch]:
         """Return the same as W takes it, with the current tensors."""
@@ -127,13 +128,18 @@ class Entry:
 
 
 class Recipe(NamedTuple):
-    """One update of a forward update: the names of its tensors and its numbers."""
+    """One update of a forward update: the names of its tensors and its numbers.
+
+    Attributes:
+        rank: How many rows A has.
+    """
 
     A: str
     B: str
+    rank: int
     scale: float
-    spans: Spans | None
-    dropout: float
+    spans: Spans | None = None
+    dropout: float = 0.0
 
 
 def factors_of(
@@ -142,7 +148,7 @@ def factors_of(
     """Return updates with their tensors, which are looked up at each call."""
     return [
         Update(held[A], held[B], scale, spans, dropout if training else 0.0)
-        for A, B, scale, spans, dropout in recipes
+        for A, B, _, scale, spans, dropout in recipes
     ]
 
 
