@@ -445,13 +445,6 @@ def test_a_profile_is_read_back_whatever_its_stacks_are_called(tmp_path: Path) -
     assert li.classes.ExpertProfile.from_yaml(profile.write(tmp_path / "p")) == profile
 
 
-def test_a_profile_is_written_to_a_path_of_the_user(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    profile = li.classes.ExpertProfile(experts={"h.0": [1, 2, 3]})
-    assert profile.write("~/profile.yaml") == tmp_path / "profile.yaml"
-    assert li.classes.ExpertProfile.from_yaml("~/profile.yaml") == profile
-
-
 def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
     profile = li.classes.ExpertProfile(experts={names[0]: [9, 5, 0, 1], names[1]: [0, 0, 2, 9]})

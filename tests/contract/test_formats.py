@@ -302,17 +302,6 @@ def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("role", ["A", "A0"])
-def test_a_value_whose_tensors_do_not_fit_is_refused(role: str, tmp_path: Path) -> None:
-    (site,) = state_of(SITES["linear"]).sites.values()
-    factors = {"A": site.A, "A0": None} | {role: torch.ones(2, 4) if role == "A" else site.A}
-    wrong = li.classes.SiteState(site.spec, factors["A"], site.B, factors["A0"])
-    for name in EXACT:
-        with refused(li.FormatError, "'h.0.fc'", role):
-            li.write_adapter(li.AdapterState({"h.0.fc": wrong}), tmp_path / "a", name)
-    assert not list(tmp_path.iterdir())
-
-
 # Damage ------------------------------------------------------------------------------------------
 
 

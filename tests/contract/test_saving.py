@@ -239,6 +239,7 @@ CHANGES = {
 # What a value says of its tensors that is not so.
 LIES: dict[str, Callable[[li.AdapterState], dict[str, Any]]] = {
     "another rank": lambda s: {"spec": replace(s.sites["0"].spec, rank=3)},
+    "another width": lambda s: {"A": torch.ones(2, 5)},
     "B is cut": lambda s: {"B": s.sites["0"].B[:, :1]},
     "whole numbers": lambda s: {"A": s.sites["0"].A.long()},
     "a start of A alone": lambda s: {"A0": s.sites["0"].A},
@@ -264,10 +265,13 @@ def test_a_value_whose_tensors_are_not_what_it_says_is_refused(lie: str, tmp_pat
         (net, lambda: li.swap_adapter(net, false)),
         (None, lambda: false * 0.5),
         (None, lambda: li.truncate(false, rank=1)),
+        (None, lambda: li.write_adapter(false, tmp_path / "a", "peft")),
+        (None, lambda: li.write_adapter(false, tmp_path / "a", "native")),
         (None, lambda: li.merge_checkpoint(path, [false], tmp_path / "merged")),
     ):
         with refused(li.LoraInjectError, named, model=model):
             call()
+    assert [*tmp_path.iterdir()] == [path]
 
 
 # As many features as the layer of the adapter, and the layer is another.

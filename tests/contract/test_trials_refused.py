@@ -86,6 +86,11 @@ def of_ids() -> nn.Module:
     return nn.Sequential(nn.Embedding(9, 4), centered((0, 1)))
 
 
+def of_lstm() -> nn.Module:
+    parts = (nn.LSTM(4, 4, batch_first=True), Function(lambda out: out[0]))
+    return nn.Sequential(*parts, nn.Linear(4, 4))
+
+
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 MEETING: dict[str, tuple[Callable[[], Any], Tensor, tuple[str, str]]] = {
     "in a normalization": (
@@ -100,6 +105,9 @@ MEETING: dict[str, tuple[Callable[[], Any], Tensor, tuple[str, str]]] = {
     "tokens": (lambda: after(of_ids()), TOKENS, ("1", "1")),
     "equal tokens": (lambda: after(of_ids()), torch.full((2, 3), 5), ("1", "1")),
     "in a layer of a later trial": (Positions, torch.rand(1, 4, 4), ("fc", "places")),
+    "in layers that take no rows": (
+        of_lstm, torch.rand(2, 3, 4), ("0.weight_ih_l0", "0.weight_hh_l0"),
+    ),
 }  # fmt: skip
 
 
@@ -155,23 +163,6 @@ def test_trials_do_not_share_statistics_that_their_forwards_move(at_once: bool) 
     running.drop("b")
     running.step(batch, loss=square)
     assert norm.running_mean.any()
-
-
-def test_trials_of_layers_that_take_no_rows_run_in_turn() -> None:
-    def make() -> nn.Module:
-        parts = (nn.LSTM(4, 4, batch_first=True), Function(lambda out: out[0]))
-        return nn.Sequential(*parts, nn.Linear(4, 4))
-
-    rows = torch.randn(2, 3, 4, dtype=torch.float64)
-    given = trials(a="0.weight_ih_l0", b="0.weight_hh_l0")
-    running = Trials(seeded(make), given)
-    with pytest.warns(match="trials run in turn"):
-        running.step(rows, loss=square)
-    for name in given:
-        alone = plain_loop(
-            seeded(make), name, given[name], [[rows]], lambda _, out, __: square(out)
-        )
-        check_equal(running.model, alone, name)
 
 
 def test_rows_without_a_mask_of_padding_run_in_turn() -> None:
