@@ -27,7 +27,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import printable
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.tables import Listing, Report, wrapped
+from lora_inject.core.spec.tables import Listing, ListReport, wrapped
 from lora_inject.errors import StateError, check_list, check_type, within
 from lora_inject.formats.exchange import read_adapter
 
@@ -332,7 +332,7 @@ def truncate(
 
 
 @dataclass(frozen=True)
-class Difference(Report):
+class Difference(ListReport):
     """Two adapters compared.
 
     Attributes:

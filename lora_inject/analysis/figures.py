@@ -30,7 +30,7 @@ from lora_inject.checkpoint import Checkpoint
 from lora_inject.checkpoint.pieces import Progress, counting_bytes
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import counted, templates
-from lora_inject.core.spec.tables import Figures, Listing, Report, listed, number, wrapped
+from lora_inject.core.spec.tables import Figures, Listing, ListReport, listed, number, wrapped
 from lora_inject.errors import StateError
 
 ONE_DIRECTION = 0.99  # of the energy in the first direction: a block that has only one
@@ -201,7 +201,7 @@ class Finding(Figures):
 
 
 @dataclass(frozen=True)
-class Analysis(Report):
+class Analysis(ListReport):
     """An adapter in numbers.
 
     Attributes:

@@ -16,7 +16,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.tables import Figures, Listing, Report, listed, sides, wrapped
+from lora_inject.core.spec.tables import Figures, Listing, ListReport, listed, sides, wrapped
 from lora_inject.core.spec.variants import VARIANTS
 
 _OF_SPEC = (
@@ -84,7 +84,7 @@ class SiteFigures(Figures):
 
 
 @dataclass(frozen=True)
-class Inspection(Report):
+class Inspection(ListReport):
     """An adapter in numbers."""
 
     sites: tuple[SiteFigures, ...]

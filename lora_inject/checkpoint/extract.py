@@ -28,7 +28,7 @@ from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.spec.names import counted, is_bias, parent
 from lora_inject.core.spec.sites import Geometry, SiteSpec
-from lora_inject.core.spec.tables import Figures, Listing, Report, listed, span, wrapped
+from lora_inject.core.spec.tables import Figures, Listing, ListReport, listed, span, wrapped
 from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.exchange import write_adapter
 from lora_inject.formats.model_facts import ModelFacts
@@ -47,7 +47,7 @@ class Extracted(Figures):
 
 
 @dataclass(frozen=True)
-class ExtractReport(Report):
+class ExtractReport(ListReport):
     """What an extraction found.
 
     Attributes:

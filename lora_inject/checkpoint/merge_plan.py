@@ -40,13 +40,13 @@ from lora_inject.checkpoint.places import place_adapter
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_no_update
 from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
 from lora_inject.core.spec.names import counted
-from lora_inject.core.spec.tables import Listing, Report, in_bytes, sides, wrapped
+from lora_inject.core.spec.tables import Listing, ListReport, in_bytes, sides, wrapped
 from lora_inject.errors import CheckpointError
 from lora_inject.version import __version__
 
 
 @dataclass(frozen=True)
-class MergePlan(Report):
+class MergePlan(ListReport):
     """Everything that a merge will do.
 
     Attributes:

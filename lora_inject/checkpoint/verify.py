@@ -29,7 +29,7 @@ from lora_inject.checkpoint.pieces import BytesDone, Progress, stream
 from lora_inject.core.files.row_reader import read_at
 from lora_inject.core.files.safetensors_file import FLOATS, Header, read_header
 from lora_inject.core.spec.names import counted, printable
-from lora_inject.core.spec.tables import MOST_NAMES, Report, in_bytes, wrapped
+from lora_inject.core.spec.tables import MOST_NAMES, ListReport, in_bytes, wrapped
 from lora_inject.errors import CheckpointError, user_path
 
 MOST_NEIGHBORS = 1e-3
@@ -39,7 +39,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class VerifyReport(Report):
+class VerifyReport(ListReport):
     """What a verification found.
 
     Attributes:

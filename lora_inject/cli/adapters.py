@@ -124,7 +124,7 @@ def rename(
 def _write(
     state: AdapterState,
     writing: options.Writing,
-    output: options.Output,
+    output: options.Printing,
     dtype: options.Dtype | None = None,
     lines: Iterable[str] = (),
     **figures: Any,

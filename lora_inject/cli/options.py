@@ -18,7 +18,7 @@ from lora_inject.cli.show import print_json, say, width
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.spec.names import counted, nearest
-from lora_inject.core.spec.tables import Report
+from lora_inject.core.spec.tables import ListReport, Report
 from lora_inject.errors import CheckpointError, FormatError, LoraInjectError, user_path
 from lora_inject.formats.exchange import (
     DEFAULT,
@@ -81,16 +81,10 @@ def model_folder(path: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Output:
+class Printing:
     """How to print a result."""
 
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False
-    everything = False  # which a listing may be asked for
-
-    def show(self, result: Report, **more: Any) -> None:
-        """Print a result: its plain data and `more` as JSON, or its text."""
-        text = result.text(width(), everything=self.everything)
-        self.print({**result.to_dict(), **more}, text)
 
     def print(self, data: Mapping[str, Any], text: str) -> None:
         """Print plain data as JSON, or what says it in words."""
@@ -102,12 +96,26 @@ class Output:
 
 
 @dataclass(frozen=True)
-class ListOutput(Output):
+class Output(Printing):
+    """How to print a result."""
+
+    def show(self, result: Report, **more: Any) -> None:
+        """Print a result: its plain data and `more` as JSON, or its text."""
+        self.print({**result.to_dict(), **more}, result.text(width()))
+
+
+@dataclass(frozen=True)
+class ListOutput(Printing):
     """How to print a result with many sites."""
 
     everything: Annotated[
         bool, Option("--all", help="List each site instead of each kind of site.")
     ] = False
+
+    def show(self, result: ListReport, **more: Any) -> None:
+        """Print a result: its plain data and `more` as JSON, or its text."""
+        text = result.text(width(), everything=self.everything)
+        self.print({**result.to_dict(), **more}, text)
 
 
 @dataclass(frozen=True)

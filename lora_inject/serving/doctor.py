@@ -123,9 +123,9 @@ class Diagnosis(Report):
         """Return it as plain data."""
         return {"lora-inject": __version__, **super().to_dict()}
 
-    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+    def _lines(self, width: int) -> Iterator[str]:
         """Yield what is switched off first; names of packages are not broken."""
-        del width, everything
+        del width
         yield f"lora-inject {__version__} in {sys.prefix}"
         yield from (f"  {what}: {value}" for what, value in self.system.items())
         off = {f.feature: f"{f.here} ({f.without})" for f in self.features if not f.works}

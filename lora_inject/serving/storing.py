@@ -55,8 +55,7 @@ class Stored(Report):
             "knows_base": self.knows_base,
         }
 
-    def _lines(self, width: int, *, everything: bool) -> list[str]:
-        del everything
+    def _lines(self, width: int) -> list[str]:
         proof = self.proof
         words = (
             f"stored: {len(proof.values[0]):,} log-probabilities of "

@@ -72,8 +72,7 @@ class Verdict(Report):
         """Whether the adapter is there, as it was saved."""
         return self.word == "with"
 
-    def _lines(self, width: int, *, everything: bool) -> list[str]:
-        del everything
+    def _lines(self, width: int) -> list[str]:
         return wrapped(str(self), width)
 
     def __str__(self) -> str:

@@ -204,12 +204,11 @@ class Search(Report):
             "config": self.config.to_dict(),
         }
 
-    def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
+    def _lines(self, width: int) -> Iterator[str]:
         """Yield a row for each trial, the best of the last rung first, and the best one's name.
 
         After a sign: behind the best, with the standard error over the held-out batches.
         """
-        del everything
         order = dict.fromkeys(n for rung in reversed(self.rungs) for n in ranked(rung.held_out))
         order |= dict.fromkeys(self.candidates)
         points = ((name, self.candidates[name]) for name in order)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_inject.core.spec.tables import Figures, Listing, Report, Shown, wrapped
+from lora_inject.core.spec.tables import Figures, Listing, ListReport, Shown, wrapped
 
 FEW = 10
 """So many tensors are printed each in a line of its own."""
@@ -41,7 +41,7 @@ class TensorReport(Figures):
 
 
 @dataclass(frozen=True, repr=False)
-class MergeReport(Shown, Report):
+class MergeReport(Shown, ListReport):
     """What a merge did.
 
     Attributes:

@@ -1,7 +1,8 @@
 """Ways in which a weight is held packed.
 
 What is known of a library that packs weights is a subclass of `WeightKind` in a file named after
-it, which its row in `lora_inject.libraries` names. Askers: `packed_weights`, `packed_values`.
+it, which its row in `lora_inject.libraries` names. Which kind a weight is of, and what its values
+are, is asked by the functions of `library.py`.
 """
 
 from __future__ import annotations

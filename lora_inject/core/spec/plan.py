@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lora_inject.core.spec.config import Active, Config, Normal, Rule
 from lora_inject.core.spec.names import counted, templates
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.core.spec.tables import Report, Shown, columns, sides, wrapped
+from lora_inject.core.spec.tables import ListReport, Shown, columns, sides, wrapped
 
 
 class Skipped(NamedTuple):
@@ -40,7 +40,7 @@ class Trained(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Plan(Shown, Report):
+class Plan(Shown, ListReport):
     """What a config does to a model, before it is done.
 
     Attributes:

@@ -213,6 +213,17 @@ def _plain(value: Any) -> Any:
 class Report(Figures):
     """What a function found or did: figures for programs, and lines for people."""
 
+    def text(self, width: int = 80) -> str:
+        """Return it in lines that fit."""
+        return "\n".join(self._lines(width))
+
+    def _lines(self, width: int) -> Iterable[str]:
+        raise NotImplementedError
+
+
+class ListReport(Figures):
+    """A report on many sites, of which those of one kind share a line unless all are asked for."""
+
     def text(self, width: int = 80, *, everything: bool = False) -> str:
         """Return it in lines that fit; what there is much of is joined unless `everything`."""
         return "\n".join(self._lines(width, everything=everything))
