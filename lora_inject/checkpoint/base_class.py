@@ -82,6 +82,13 @@ class BaseClass:
         """Return where a tensor is in the class, by its name in a file of any age."""
         return PlaceInClass(name) if name in self._shapes else self._places(name)
 
+    def has(self, name: str) -> bool:
+        """Whether the class has a tensor, whole or as a part of a stack; False if none is built."""
+        if not self.known or isinstance(self._built, CheckpointError):
+            return False
+        place = self.place_of(name)
+        return place is not None and place.name in self._shapes
+
     def separate(self, name: str) -> list[list[str]]:
         """Return the file's names of the matrices of a stack that it stores separately.
 

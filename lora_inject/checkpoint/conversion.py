@@ -10,10 +10,12 @@ from typing import Any
 
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint, read_config
+from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
 from lora_inject.core.files.strict_json import parse_table
-from lora_inject.errors import CheckpointError, user_path
+from lora_inject.core.spec.names import nearest
+from lora_inject.errors import CheckpointError, FormatError, user_path
 from lora_inject.formats.clients import Objection, objections
 from lora_inject.formats.exchange import losses_of, read_adapter, write_adapter
 from lora_inject.formats.model_facts import ModelFacts
@@ -45,7 +47,8 @@ def convert(
         The path that was written.
 
     Raises:
-        FormatError: The adapter cannot be read, or the format cannot express it.
+        FormatError: The adapter cannot be read, the format cannot express it, or it has sites that
+            the base lacks.
         CheckpointError: The base cannot be read.
 
     Examples:
@@ -60,12 +63,15 @@ def convert(
         1.0
     """
     check_free(user_path("convert, output", output), overwrite=options.get("overwrite", False))
-    facts = facts_of(base)
+    of = None if base is None else class_of(base)
+    facts = ModelFacts() if of is None else of.facts()
     if isinstance(adapter, AdapterState):
         state = adapter
     else:
         state = read_adapter(adapter, facts=facts, **(reading or {}))
         facts = _completed(facts, user_path("convert", adapter))
+    if of is not None:
+        _check_in_base(state, of, facts)
     path = write_adapter(state, output, to, facts=facts, **options)
     if tell is not None:
         for words in losses_of(state, to):
@@ -73,10 +79,8 @@ def convert(
     return path
 
 
-def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:
-    """Return the facts that a base's files state."""
-    if base is None:
-        return ModelFacts()
+def class_of(base: str | os.PathLike[str]) -> BaseClass:
+    """Return the class of a base, by its files; its config.json is enough for some formats."""
     base = user_path("read a base", base, CheckpointError)
     config = read_config(base)
     try:
@@ -84,8 +88,24 @@ def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:
     except CheckpointError:
         if not config:
             raise
-        checkpoint = Checkpoint(base, {}, None, None, config)  # enough for some formats
-    return BaseClass(checkpoint).facts()
+        checkpoint = Checkpoint(base, {}, None, None, config)
+    return BaseClass(checkpoint)
+
+
+def _check_in_base(state: AdapterState, of: BaseClass, facts: ModelFacts) -> None:
+    """Refuse sites that the base does not have: nobody who loads both would use their updates."""
+    known = {*(facts.modules_in_files() or ()), *(facts.tensor_names or ())}
+    lost = [
+        site.spec.name
+        for site in state.sites.values()
+        if known.isdisjoint((site.spec.name, site.spec.weight)) and not of.has(site.spec.weight)
+    ]
+    if lost and known:
+        near = one_line(nearest(lost[0], sorted(known), 1)) or "none"
+        problem = f"the base has no module {one_line(lost)}"
+        remedy = "Give the adapter's own base, or rename its sites (lora-inject rename); "
+        asked = f"convert for the base '{of.checkpoint.folder}'"
+        raise FormatError(asked, problem, f"{remedy}nearest to the first: {near}")
 
 
 def _completed(facts: ModelFacts, path: Path) -> ModelFacts:
@@ -128,4 +148,5 @@ def check_adapter(
         ...     [finding.problem for finding in li.check_adapter(f"{parent}/a", "sglang")]
         ["SGLang would apply another scale to '0 (1.5 for 2.121)'"]
     """
-    return objections(user_path("check", adapter), client, facts_of(base))
+    facts = ModelFacts() if base is None else class_of(base).facts()
+    return objections(user_path("check", adapter), client, facts)

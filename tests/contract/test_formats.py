@@ -256,6 +256,23 @@ def test_frozen_starts_and_the_config_are_lost_where_they_have_no_place(tmp_path
         assert len(told) == (2 if name == "portable" else 0), told
 
 
+@pytest.mark.parametrize("name", ["kohya", "peft"])
+def test_an_adapter_of_another_base_is_not_converted_for_this_one(name: str, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+
+    def converted(site: str, out: str) -> None:
+        path = tmp_path / f"{out}.safetensors" if name == "kohya" else tmp_path / f"from-{out}"
+        state = state_of(linear(site, 8, 8))
+        path = li.write_adapter(state, path, name, **CASES[name].write)
+        li.convert(path, tmp_path / out, "portable", base=tmp_path)
+
+    converted("model.layers.1.self_attn.q_proj", "own")
+    converted("layers.1.self_attn.q_proj", "bare")  # of LlamaModel, the same layer
+    with refused(li.FormatError, "convert", "'layers.7.self_attn.q_proj'", "lora-inject rename"):
+        converted("layers.7.self_attn.q_proj", "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_there_is_not_replaced_unasked(name: str, tmp_path: Path) -> None:
     path = written(name, tmp_path)

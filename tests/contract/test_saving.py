@@ -418,8 +418,12 @@ def test_a_norm_that_also_moves_statistics_is_refused(config, affine, named) -> 
 
     config = {"rank": 1, "targets": ["^0"], **config}
     model = net(moves=True)
+    said = str(li.plan(model, config))
     with refused(li.LayerError, named, "running_mean", model=model):
         li.inject(model, config)
+    assert "inject would refuse this" in said
+    assert named in said
+    assert "inject would refuse this" not in str(li.plan(net(moves=False), config))
     li.inject(net(moves=False), config)
 
 

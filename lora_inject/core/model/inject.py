@@ -19,6 +19,7 @@ from lora_inject.core.model.put import put, survey_for, uncollected
 from lora_inject.core.model.training import check_live_inputs
 from lora_inject.core.model.used import refuse_unreached
 from lora_inject.core.spec.config import ConfigLike
+from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.resolve import resolve
 from lora_inject.errors import LayerError
@@ -57,6 +58,10 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
         for library in loaded_libraries()
         for problem, remedy in library.against(survey, planned, leave_new=False)
     ]
+    try:
+        _checked_places(survey, "", planned, present)
+    except LayerError as error:
+        notes.append(f"inject would refuse this: {error.asked}: {error.found}. {error.remedy}")
     notes += notes_on_files(survey, planned.sites)
     return replace(planned, notes=(*planned.notes, *notes))
 
@@ -130,9 +135,7 @@ def put_config(
     for library in loaded_libraries():
         for problem, remedy in library.against(survey, planned, leave_new=leave_new):
             raise LayerError(f"inject {name!r}", problem, remedy)
-    check_statistics(survey, planned.config.train, present)
-    rows = {key: each.rows for each in planned.trained for key in survey.names_of(each.name)}
-    wanted = places(survey, name, planned.sites, rows)
+    wanted = _checked_places(survey, name, planned, present)
     copies: dict[Hashable, Mapping[str, Tensor]] = {}
 
     def values(place: Carried) -> Mapping[str, Tensor]:
@@ -144,6 +147,13 @@ def put_config(
         return copies[memory]
 
     put(survey, name, wanted, values, planned.config.to_dict(), alone=alone, last=last)
+
+
+def _checked_places(survey: Survey, name: str, planned: Plan, present: Inventory) -> list[Carried]:
+    """Return where an adapter goes by a plan; raise `LayerError` if a module cannot take it."""
+    check_statistics(survey, planned.config.train, present)
+    rows = {key: each.rows for each in planned.trained for key in survey.names_of(each.name)}
+    return places(survey, name, planned.sites, rows)
 
 
 def _first_values(place: Carried) -> Mapping[str, Tensor]:
