@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -244,32 +245,34 @@ class Routed(Rows):
 
     def _marks_stay(self, call: _Call, run: Any) -> bool:
         """Whether the rows of another batch, if the module takes it, have their own marks alone."""
-        for given in self._others(call.given):
+        for change in (self._by_value, self._later, _same):
             try:
+                if (given := change(call.given)) is None:
+                    continue
                 together = run(Marked(self), given)
                 alone = {row: run(Marked(self, row), given) for row in self.mixes}
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # noqa: BLE001, S112 - the module refuses such rows
+            except Exception:  # noqa: BLE001, S112 - the module, or a device, refuses such rows
                 continue
             return call.problem is None and all(
                 self._has(together, row, each) for row, each in alone.items()
             )
         return False
 
-    def _others(self, given: Any) -> Iterator[Any]:
-        """Yield the same tokens at other places: by value, then half a row later, then as given.
+    def _by_value(self, given: Any) -> Any:
+        """Return the same tokens in the order of their values; None if they stand in it.
 
-        Tokens of one value are then in few rows: what picks them gets an uneven number of each, and
-        those of a picture are not in its row.
+        Tokens of one value are then in few rows: what picks them gets an uneven number of each.
         """
         plain = [t for t in tree_leaves(given) if self._has_rows(t) and not t.is_complex()]
-        tokens = [t for t in plain if t.dim() > 1 and t.numel()]
-        orders = [t.reshape(t.shape[:2].numel(), -1)[:, 0].argsort(stable=True) for t in tokens]
-        if moving := [order for order in orders if (order[1:] < order[:-1]).any()]:
-            yield tree_map(lambda leaf: self._in_order(leaf, moving[0]), given)
-        yield tree_map(self._later, given)
-        yield given
+        for tokens in (t.flatten(0, 1) for t in plain if t.dim() > 1 and t.numel()):
+            values = tokens.flatten(1)[:, 0] if tokens.dim() > 1 else tokens
+            # Not every device can sort numbers of one byte as they are.
+            order = (values.float() if values.element_size() == 1 else values).argsort(stable=True)
+            if (order[1:] < order[:-1]).any():
+                return tree_map(partial(self._in_order, order=order), given)
+        return None
 
     def _in_order(self, leaf: Any, order: Tensor) -> Any:
         """Return the tokens of a batch in another order; other entries as they are."""
@@ -278,11 +281,18 @@ class Routed(Rows):
         each = leaf.reshape(len(order), *leaf.shape[2:])
         return each[order.to(leaf.device)].view_as(leaf)
 
-    def _later(self, leaf: Any) -> Any:
-        """Return the same tokens half a row later, the last of a row in the next row."""
-        if not self._has_rows(leaf) or leaf.dim() < 2:
-            return leaf
-        return leaf.flatten(0, 1).roll((leaf.shape[1] + 1) // 2, 0).view_as(leaf)
+    def _later(self, given: Any) -> Any:
+        """Return the same tokens half a row later, the last of a row in the next row.
+
+        Those of a picture are then not in its row.
+        """
+
+        def later(leaf: Any) -> Any:
+            if not self._has_rows(leaf) or leaf.dim() < 2:
+                return leaf
+            return leaf.flatten(0, 1).roll((leaf.shape[1] + 1) // 2, 0).view_as(leaf)
+
+        return tree_map(later, given)
 
     def _has(self, together: Any, row: Row, alone: Any) -> bool:
         """Return whether the rows of one mix are what it gives alone."""
@@ -395,6 +405,10 @@ def _tables(module: nn.Module) -> tuple[tuple[dict[Any, Any], Any], ...]:
 def _copied(given: Any) -> Any:
     """Return arguments in which what a forward may change, such as a cache, is a copy."""
     return tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else copy.deepcopy(leaf), given)
+
+
+def _same(given: Any) -> Any:
+    return given
 
 
 _ROUNDING = {8: 1e-7, 4: 1e-3}

@@ -616,6 +616,24 @@ def test_tokens_that_an_expert_picks_are_those_of_their_rows(batches: tuple[str,
         check_each_alone(model, ["one", "two"], lambda rows, x=x: model(x[rows]))
 
 
+class Widened(Picking):
+    """The same for tokens in numbers of which a device may know less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x.double() - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bool], ids=str)
+@pytest.mark.parametrize("batches", [("+ +", "- -", "++ --"), ("+- -+", "++ --")])
+def test_tokens_that_a_device_cannot_sort_are_those_of_their_rows(
+    batches: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    model = of_two(Widened(), r"experts\.\d")
+    for seed, signs in enumerate(batches):
+        x = (of_signs(signs, seed) > 0).to(dtype)
+        check_each_alone(model, ["one", "two"], lambda rows, x=x: model(x[rows]))
+
+
 def test_a_row_s_pictures_go_through_its_own_adapter() -> None:
     """Two rows and two pictures of four tokens, both of the first row."""
     model = of_two(ARCHITECTURES["llava"].build().double().eval(), "all-linear")
