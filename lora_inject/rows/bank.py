@@ -98,12 +98,12 @@ def routed_update(
         (True, False)
     """
     with without_autocast(y) or nullcontext():
-        dtype = compute_dtype(y.dtype, float32)
-        A, B_T = stacked(bank, held, y.shape[-1], dtype)
+        dtype, n_out = compute_dtype(y.dtype, float32), y.shape[-1]
+        A, B_T = stacked(bank, held, n_out, dtype)
         if places is not None:
             A, B_T = A.index_select(0, places), B_T.index_select(0, places)
-        x3 = x.reshape(A.size(0), -1, x.shape[-1])
-        y3 = cast(y.reshape(A.size(0), -1, y.shape[-1]), dtype)
+        n, _, n_in = A.shape
+        x3, y3 = x.reshape(n, -1, n_in), cast(y.reshape(n, -1, n_out), dtype)
         if drops and any(bank.dropouts):
             x3 = _routed_dropout(x3, bank.dropouts, places)
         h = _thin(x3, A)

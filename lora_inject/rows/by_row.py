@@ -159,7 +159,13 @@ class Rows(Selected):
         count = self.number_of_rows(layer, x)
         if count is None:
             self.cannot(layer, self.misfit(layer, x))
-        return count
+            return None
+        return count if self.sees_rows(layer, x) else None
+
+    def sees_rows(self, layer: Any, x: Tensor) -> bool:
+        """Note that a layer takes the first axis for the rows; return False if it never is."""
+        del layer, x
+        return True
 
     def cannot(self, layer: Any, problem: LayerError) -> None:
         """Note that the rows of a layer cannot be told, or raise."""

@@ -121,16 +121,7 @@ class Routed(Rows):
         each, rest = divmod(x.shape[0] if x.dim() else 0, len(self.rows))
         return x.shape[0] if each and not rest and self._are_positions(layer, each) else None
 
-    def rows_first(self, layer: Any, x: Tensor) -> int | None:
-        """Return the same of an input whose rows can be told; None if the batch must run apart.
-
-        Raises:
-            LayerError: It must, and the module that the batch was given to is not known.
-        """
-        count = super().rows_first(layer, x)
-        return count if count is None or self._asks(layer, x) else None
-
-    def _asks(self, layer: Any, x: Tensor) -> bool:
+    def sees_rows(self, layer: Any, x: Tensor) -> bool:
         """Note that a layer takes the first axis for the rows; return False if it never is."""
         attached, call = layer._lora, _OPEN.get()
         if len(self.mixes) == 1:
