@@ -98,9 +98,10 @@ def merge_checkpoint(
 ) -> MergedFiles:
     """Fold adapters into a safetensors checkpoint, without building the model.
 
-    Memory does not grow with the model: row blocks are read, updated in float32, rounded once and
-    written. Tensors that no adapter changes keep their bytes. If the process is killed, the output
-    is absent or complete, and the same call continues with the finished files.
+    Memory does not grow with the model: adapters are held whole, and row blocks of the base are
+    read, updated in float32, rounded once and written. Tensors that no adapter changes keep their
+    bytes. If the process is killed, the output is absent or complete, and the same call continues
+    with the finished files.
 
     Args:
         base: Folder of the base, or one `.safetensors` file.

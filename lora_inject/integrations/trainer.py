@@ -186,7 +186,11 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has the file that Trainer writes last."""
+    """Return whether a checkpoint has the file that Trainer writes last.
+
+    No other is asked for: with `save_only_model=True` Trainer writes no optimizer.pt, and resumes
+    with a fresh optimizer.
+    """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
     except (OSError, ValueError):
