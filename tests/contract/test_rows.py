@@ -602,7 +602,8 @@ def test_a_graph_refuses_a_layer_that_was_seen_to_take_no_rows() -> None:
     model = of_two(Positions().double().eval(), "wte", "wpe")
     with torch.no_grad(), li.routed(model, ["one", None, "two"]):
         model(SQUARE[:, :2] % 8)
-        with pytest.raises((li.LayerError, RuntimeError), match="first dimension"):
+        # dynamo of torch 2.8 fails at the line that raises, and shows that.
+        with pytest.raises((li.LayerError, RuntimeError), match="first dimension|raise self.misfit"):
             torch.compile(model, backend="eager")(SQUARE % 8)
 
 
