@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lora_inject.core.functional.lazy import lazy_weight
-from lora_inject.core.layers.attached import Entry, Recipe, held_by
+from lora_inject.core.layers.adapted import Adapted
+from lora_inject.core.layers.attached import Attached, Entry, Recipe, held_by
 from lora_inject.core.layers.kinds import LoRALinear
 from lora_inject.core.layers.selection import Mix, Selected, in_context
 from lora_inject.core.layers.sending import queue_of, sent
@@ -50,7 +51,7 @@ class Taking(NamedTuple):
 
     Attributes:
         entries: All of it.
-        bank: The updates, if they are all, and can be added by row.
+        bank: The updates, if they are all, and are added to the output of each row.
         places: The place of each row in the bank. Fewer stand for as many equal runs of rows; None
             for one run of each place, in order.
     """
@@ -85,18 +86,18 @@ class Rows(Selected):
 
     # ------------------------------------------------------------------------------------ seams
 
-    def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, layer: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a layer with the adapter of each row."""
         taking = self.taking(layer)
         if not taking.entries:
             return layer._lora_mixed(_BASE, args, kwargs)
         layer._lora_check_vain(t for entry in taking.entries for t in entry.tensors(layer).values())
-        if taking.bank is None:
-            return self.apart(layer, args, kwargs)
-        return self.banked(layer, taking, taking.bank, args, kwargs)
+        if isinstance(layer, LoRALinear) and taking.bank is not None:
+            return self.banked(layer, taking, taking.bank, args, kwargs)
+        return self.apart(layer, args, kwargs)
 
     def read(
-        self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
+        self, layer: Adapted, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool
     ) -> Any:
         """Return W if its shape or dtype is read; its values are not those of any row."""
         del outside
@@ -117,7 +118,7 @@ class Rows(Selected):
 
     # ------------------------------------------------------------------------------- what and who
 
-    def taking(self, layer: Any) -> Taking:
+    def taking(self, layer: Adapted) -> Taking:
         """Return what the rows have of a layer, and note its use."""
         attached = layer._lora
         known = self._taking.get(attached)
@@ -125,8 +126,7 @@ class Rows(Selected):
             entries = [e for e in attached.entries() if e.adapter in self.names]
             attached.used(entries)
             each = {row: recipes for row in self.mixes if (recipes := _recipes(attached, row))}
-            adds = isinstance(layer, LoRALinear)
-            adds = adds and all(entry.on_output and not entry.gained for entry in entries)
+            adds = all(entry.on_output and not entry.gained for entry in entries)
             adds = adds and all(len({r.dropout for r in recipes}) == 1 for recipes in each.values())
             known = self._banked(entries, each) if adds and each else Taking(entries)
             self._taking[attached] = known
@@ -144,13 +144,13 @@ class Rows(Selected):
             entries, bank_of([*each.values()], base=base), None if in_order else (*places,)
         )
 
-    def number_of_rows(self, layer: Any, x: Tensor) -> int | None:
+    def number_of_rows(self, layer: Adapted, x: Tensor) -> int | None:
         """Return how long the first axis of an input is; None if that is not the rows."""
         del layer
         n, length = len(self.rows), x.shape[0] if x.dim() else 0
         return length if length in (n, n * self.repeat) else None
 
-    def rows_first(self, layer: Any, x: Tensor) -> int | None:
+    def rows_first(self, layer: Adapted, x: Tensor) -> int | None:
         """Return the same of an input whose rows can be told; None if the batch must run apart.
 
         Raises:
@@ -162,17 +162,17 @@ class Rows(Selected):
             return None
         return count if self.sees_rows(layer, x) else None
 
-    def sees_rows(self, layer: Any, x: Tensor) -> bool:
+    def sees_rows(self, layer: Adapted, x: Tensor) -> bool:
         """Note that a layer takes the first axis for the rows; return False if it never is."""
         del layer, x
         return True
 
-    def cannot(self, layer: Any, problem: LayerError) -> None:
+    def cannot(self, layer: Adapted, problem: LayerError) -> None:
         """Note that the rows of a layer cannot be told, or raise."""
         del layer
         raise problem
 
-    def misfit(self, layer: Any, *values: Any) -> LayerError:
+    def misfit(self, layer: Adapted, *values: Any) -> LayerError:
         """Return what to say of what a layer gets or returns, where the rows cannot be told."""
         multiple = f", nor {self.repeat} times that" if self.repeat > 1 else ""
         shown = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in values]
@@ -187,7 +187,7 @@ class Rows(Selected):
 
     def banked(
         self,
-        layer: Any,
+        layer: LoRALinear,
         taking: Taking,
         bank: Bank,
         args: tuple[Any, ...],
@@ -206,12 +206,12 @@ class Rows(Selected):
         places, float32 = self._sent(taking.places, x.device), layer._lora.float32
         return routed_update(y, x, bank, held_by(layer), places, float32=float32, drops=drops)
 
-    def dropped(self, layer: Any, x: Tensor, taking: Taking) -> tuple[Tensor, bool]:
+    def dropped(self, layer: Adapted, x: Tensor, taking: Taking) -> tuple[Tensor, bool]:
         """Return the input of the adapters, and whether it is yet to be dropped."""
         del taking
         return x, self.drops(layer)
 
-    def apart(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def apart(self, layer: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a layer once for each adapter, on the rows of that adapter."""
         given, form = tree_flatten((args, kwargs))
         tensors = [t for t in given if isinstance(t, Tensor)]
@@ -250,7 +250,7 @@ class Rows(Selected):
         return tree_unflatten(whole, form_out)
 
     def run(
-        self, layer: Any, selected: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: Adapted, selected: Selected, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run a layer with others taking part."""
         with in_context({layer._lora.selection: selected}):
@@ -286,7 +286,7 @@ class Rows(Selected):
         return self._index[key]
 
 
-def _recipes(attached: Any, row: Row) -> list[Recipe]:
+def _recipes(attached: Attached, row: Row) -> list[Recipe]:
     """Return the updates that a row has on the output of a layer."""
     held = attached.forward
     return [recipe for name, w in row if name in held for recipe in held[name].recipes(w)]
@@ -312,7 +312,7 @@ class Marked(Selected):
         numbers = {row: number for number, row in enumerate(rows.mixes, 1)}
         self.marks = [numbers[row] for row in (rows.rows if only is None else (only,))]
 
-    def forward(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, layer: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a layer without adapters, and mark what it gives for each row."""
         made = layer._lora_mixed(Mix(), args, kwargs)
         if not self.rows.taking(layer).entries:
@@ -323,7 +323,7 @@ class Marked(Selected):
         return tree_map(self._marked, made)
 
     def read(
-        self, layer: Any, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
+        self, layer: Adapted, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool
     ) -> Any:
         """Return the plain parameter."""
         del layer, param, entries, outside

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.selection import Selected, in_context
@@ -112,7 +113,7 @@ class Routed(Rows):
 
     # ------------------------------------------------------------------------------ asked by layers
 
-    def number_of_rows(self, layer: Any, x: Tensor) -> int | None:
+    def number_of_rows(self, layer: Adapted, x: Tensor) -> int | None:
         """Return how long the first axis of an input is; None if that is not the rows."""
         length = super().number_of_rows(layer, x)
         if length is not None:
@@ -121,7 +122,7 @@ class Routed(Rows):
         each, rest = divmod(x.shape[0] if x.dim() else 0, len(self.rows))
         return x.shape[0] if each and not rest and self._are_positions(layer, each) else None
 
-    def sees_rows(self, layer: Any, x: Tensor) -> bool:
+    def sees_rows(self, layer: Adapted, x: Tensor) -> bool:
         """Note that a layer takes the first axis for the rows; return False if it never is."""
         attached, call = layer._lora, _OPEN.get()
         if len(self.mixes) == 1:
@@ -140,7 +141,7 @@ class Routed(Rows):
             call.guessed.add((attached, form))
         return True
 
-    def _are_positions(self, layer: Any, n: int) -> bool:
+    def _are_positions(self, layer: Adapted, n: int) -> bool:
         """Return whether so many tokens for each row may be all positions of the batch."""
         call = _OPEN.get()
         if call is not None:
@@ -148,7 +149,7 @@ class Routed(Rows):
         followed = any(not whole for _, whole, _ in _FOLLOWED.get(layer._lora, ()))
         return followed or hasattr(layer, "_is_expert_parallel")  # a stack, by transformers
 
-    def cannot(self, layer: Any, problem: LayerError) -> None:
+    def cannot(self, layer: Adapted, problem: LayerError) -> None:
         """Let the batch run under each adapter, because the rows of a layer cannot be told.
 
         Raises:
@@ -460,7 +461,7 @@ def _pictured(survey: Survey) -> tuple[list[str], list[str]]:
     return [names[id(model)] for model in models], whole
 
 
-def refuse_ambiguous(layer: Any, x: Tensor, n_rows: int, repeat: int) -> None:
+def refuse_ambiguous(layer: Adapted, x: Tensor, n_rows: int, repeat: int) -> None:
     """Raise where time, before or after the batch, is as long as the batch."""
     if not layer._lora.time_major:
         return

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from lora_inject.core.layers.adapted import Adapted
-from lora_inject.core.layers.attached import factors_of, held_by
+from lora_inject.core.layers.attached import Entry, factors_of, held_by
 from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward
 from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.roots.selecting import selecting
@@ -84,7 +84,7 @@ class TrialRows(Rows):
         return self._whole.forward(layer, args, kwargs)
 
     def read(
-        self, layer: Adapted, param: str, raw: Any, entries: Mapping[str, Any], *, outside: bool
+        self, layer: Adapted, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool
     ) -> Any:
         """Return W + delta of the only trial; of several its values are those of none."""
         if self.lone is None:
