@@ -95,7 +95,7 @@ def _outermost(survey: Survey) -> Iterator[tuple[str, PreTrainedModel]]:
     from transformers import PreTrainedModel
 
     inside: set[int] = set()
-    for path, module in survey.modules:
+    for path, module in survey.modules if any(map(_is_marked, survey.tensors)) else ():
         if isinstance(module, PreTrainedModel) and id(module) not in inside:
             inside |= {id(each) for each in module.modules()}
             if any(map(_is_marked, module.parameters())):

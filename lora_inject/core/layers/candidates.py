@@ -68,7 +68,7 @@ class _Listing:
 
     Attributes:
         survey: The model.
-        asks: Whether a library that packs weights is loaded.
+        kinds: The ways of packing a weight of libraries that are loaded.
         away: Why weights on the meta device have no values, where a library offloads them.
     """
 
@@ -76,7 +76,7 @@ class _Listing:
         self.survey = survey
         modules = [module for _, module in survey.modules]
         reasons = (library.away(modules) for library in loaded_libraries())
-        self.asks = bool(loaded_kinds())
+        self.kinds = loaded_kinds()
         self.away = next((reason for reason in reasons if reason is not None), None)
         self.aliases = self._first_names()
         self.classes: dict[type, _Class] = {}
@@ -218,7 +218,7 @@ class _Listing:
 
     def _is_plain(self, weight: Tensor | None) -> bool:
         """Whether a weight is what most are: a Parameter with its values."""
-        if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS or self.asks:
+        if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS or self.kinds:
             return False
         return self.away is None or not weight.is_meta
 
@@ -240,7 +240,7 @@ class _Listing:
         if module.__dict__.get(_WRITES) is not None:
             problem = f"the forward of {cls} scales rows of its weight in place ({_WRITES})"
             return problem, f"Leave it out, or set its {_WRITES} to None"
-        if self.asks and (reason := reason_against("inject", module, parameter)) is not None:
+        if (reason := reason_against("inject", module, parameter, self.kinds)) is not None:
             return reason
         if parameter is None:
             problem = f"{cls} holds no parameter {key!r} of its own"

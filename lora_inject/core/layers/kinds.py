@@ -43,6 +43,7 @@ from lora_inject.core.layers.attached import (
 )
 from lora_inject.core.layers.library import (
     dense,
+    loaded_kinds,
     multiplies,
     packed_weight,
     reason_against,
@@ -289,7 +290,7 @@ class LoRALinear(ForwardUpdate):
     def _lora_refuse_dead(self) -> NoReturn:
         """Refuse to train what lies before a layer that computes without autograd."""
         weight = self._parameters.get(self.weight_of(type(self)))
-        reason = reason_against("train", self, weight)
+        reason = reason_against("train", self, weight, loaded_kinds())
         remedy = "Run it within torch.no_grad(), or call train_only(model, None)"
         raise LayerError(
             f"a forward of a {type(self).__name__} with gradients",

@@ -170,10 +170,15 @@ def loaded_kinds() -> list[WeightKind]:
     return [*REGISTERED, *(kind for library in loaded_libraries() for kind in library.packed)]
 
 
-def reason_against(verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
-    """Return why a verb cannot use a weight, packed or plain, or a layer: the first reason."""
-    kinds = (kind for kind in loaded_kinds() if kind.matches(module, weight))
-    reasons = (kind.why_not(verb, module, weight) for kind in kinds)
+def reason_against(
+    verb: Verb, module: nn.Module, weight: Tensor | None, kinds: Iterable[WeightKind]
+) -> Reason | None:
+    """Return why a verb cannot use a weight, packed or plain, or a layer: the first reason.
+
+    The kinds are those of `loaded_kinds`, which is asked once for many layers.
+    """
+    known = (kind for kind in kinds if kind.matches(module, weight))
+    reasons = (kind.why_not(verb, module, weight) for kind in known)
     return next((reason for reason in reasons if reason is not None), None)
 
 

@@ -19,7 +19,7 @@ from lora_inject.core.functional.fold import (
 )
 from lora_inject.core.functional.merge_report import TensorReport
 from lora_inject.core.layers.attached import Entry
-from lora_inject.core.layers.library import dense, reason_against, weight_kind
+from lora_inject.core.layers.library import dense, loaded_kinds, reason_against, weight_kind
 from lora_inject.core.layers.survey import Holder, memory_of
 from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb, is_quantized, sharded_by, whole
 from lora_inject.core.model.undo import Put, version_of
@@ -100,7 +100,8 @@ class Target:
 
     def _check_plain(self, *, written: bool) -> None:
         weight = self.weight
-        if (reason := reason_against("merge", self.holder.module, weight)) is not None:
+        reason = reason_against("merge", self.holder.module, weight, loaded_kinds())
+        if reason is not None:
             raise self._refused(*reason)
         if written and weight.is_inference() and not torch.is_inference_mode_enabled():
             problem = "the weight was made in inference mode, outside of which nobody may write it"

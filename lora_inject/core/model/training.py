@@ -234,9 +234,10 @@ def _dead(survey: Survey) -> Iterator[tuple[str, Reason]]:
         if type(module).__module__.startswith(WITHOUT_AUTOGRAD):
             problem = f"{type(module).__name__} of torch.ao computes without autograd"
             yield path, Reason(problem, "Train first, then quantize")
-    for path, module in survey.modules if loaded_kinds() else ():
+    kinds = loaded_kinds()
+    for path, module in survey.modules if kinds else ():
         held: dict[str, Tensor | None] = {path: None}
         held |= {joined(path, key): weight for key, weight in survey.own[id(module)].items()}
         for name, weight in held.items():
-            if (reason := reason_against("train", module, weight)) is not None:
+            if (reason := reason_against("train", module, weight, kinds)) is not None:
                 yield name, reason
