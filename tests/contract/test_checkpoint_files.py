@@ -286,7 +286,9 @@ def saved_before_and_after(model: Any, folder: Path, *names: str) -> Any:
 
 
 @needs_transformers_5
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "jetmoe"])
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", "qwen3_moe", pytest.param("jetmoe", marks=pytest.mark.recent)]
+)  # transformers 5.0 builds no JetMoe
 def test_the_difference_of_routers_and_of_biases_of_experts_goes_onto_the_model(
     family: str, tmp_path: Path
 ) -> None:
