@@ -95,10 +95,11 @@ def class_of(base: str | os.PathLike[str]) -> BaseClass:
 def _check_in_base(state: AdapterState, of: BaseClass, facts: ModelFacts) -> None:
     """Refuse sites that the base does not have: nobody who loads both would use their updates."""
     known = {*(facts.modules_in_files() or ()), *(facts.tensor_names or ())}
+    specs = [site.spec for site in state.sites.values()]
     lost = [
-        site.spec.name
-        for site in state.sites.values()
-        if known.isdisjoint((site.spec.name, site.spec.weight)) and not of.has(site.spec.weight)
+        spec.name
+        for spec in specs
+        if known.isdisjoint((spec.name, spec.weight, *spec.aliases)) and not of.has(spec.weight)
     ]
     if lost and known:
         near = one_line(nearest(lost[0], sorted(known), 1)) or "none"

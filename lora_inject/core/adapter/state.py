@@ -101,7 +101,7 @@ class AdapterState(Comparable, Shown):
         """
         held = [tensor for site in self.sites.values() for tensor in site.tensors.values()]
         held += self.trained.values()
-        if True not in {tensor.is_meta for tensor in held} and all_finite(*held):
+        if not any(tensor.is_meta for tensor in held) and all_finite(*held):
             return
         tensors = [
             (name, f"{role} of site", tensor)

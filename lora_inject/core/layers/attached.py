@@ -163,9 +163,8 @@ class Attached:
     """
 
     # What few modules have stands here, as there are many thousands.
-    old_forward: MethodType | None = (
-        None  # that of the plain class, as a hook had saved it on the module
-    )
+    # That of the plain class, as a hook had saved it on the module.
+    old_forward: MethodType | None = None
     float32 = False  # whether an adapter on the output asks for float32 arithmetic
     time_major = False  # whether its input may have time before batch (`rows.seen`)
     no_rows = False  # whether no length of its input says that its first axis is the rows
