@@ -312,6 +312,21 @@ def test_the_low_rank_of_a_16_bit_base_is_in_16_bits_for_any_number_of_tokens(to
             assert torch.equal(model(x), torch.zeros(tokens, 1, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("compute", ["base", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", [{}, {"slices": ["q", "k"], "adapt": ["q"]}])
+def test_inside_autocast_a_forward_without_gradients_is_one_with_them_to_the_bit(
+    dtype: torch.dtype, rule: dict[str, Any], compute: str
+) -> None:
+    config = {"rank": 2, "compute": compute, "targets": [{"match": "layer", **rule}]}
+    model = fill(li.inject(Host(nn.Linear(4, 6)).to(dtype), config))
+    x = torch.randn(5, 4, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(x)
+        with torch.no_grad():
+            assert torch.equal(model(x), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", [{}, {"dropout": 0.5}, {"slices": ["q", "k"], "adapt": ["q"]}])
 def test_a_backward_inside_autocast_gives_the_gradients_of_one_outside(

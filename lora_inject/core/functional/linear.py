@@ -65,10 +65,10 @@ def linear(
     if not runs_plainly():
         y = frozen_output(x, weight, bias, transposed)
         return add_updates(y, x, updates, float32=float32)
-    off = without_autocast(x)
-    if off is None and not torch.is_grad_enabled():
+    # Autocast changes only what is computed in another dtype than y's; to ask for it is slow.
+    if not torch.is_grad_enabled() and (not float32 or without_autocast(x) is None):
         return _forward(x, weight, bias, updates, transposed=transposed, float32=float32)[0]
-    low = None
+    off, low = without_autocast(x), None
     if off is not None and x.dtype != torch.float64:
         low = torch.get_autocast_dtype(x.device.type)
         x = x if float32 else x.to(low)  # by autograd: the layer and A share one copy
