@@ -222,12 +222,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         if children := module._modules:
             if depth == MAX_DEPTH:
-                raise LayerError(
-                    f"walk the model, module '{name[:80]}...'",
-                    f"it lies {depth} modules deep: a module holds one that holds it (its parent?)",
-                    "Keep such a reference in a tuple, or set it with object.__setattr__; train() "
-                    "and eval() of torch would not end either",
-                )
+                raise RecursionError(f"a module holds one that holds it: '{name[:80]}...'")
             around = joined(name, "")
             for key, child in reversed(children.items()):
                 if child is not None:
