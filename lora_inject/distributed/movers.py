@@ -14,13 +14,12 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 
 from lora_inject.core.functional.torch_inside import module_calling
 from lora_inject.core.layers.adapted import READER
-from lora_inject.private import needed
 
 _MOVERS = {"torch.distributed.fsdp._flat_param", "torch.distributed.tensor.parallel.style"}
-_STATES = "torch.distributed._composable_state._module_state_mapping"
 
 # What FSDP2 keeps of each parameter of a module, by name. It holds the module: so weakly.
 _kept: WeakKeyDictionary[nn.Module, dict[str, ref[Any]]] = WeakKeyDictionary()
@@ -43,7 +42,7 @@ def groups() -> Iterator[Any]:
     """Yield the groups of parameters that `fully_shard` has made."""
     if "torch.distributed.fsdp" not in sys.modules:
         return
-    for reference in list(needed(_STATES, "reading a weight that is a DTensor").values()):
+    for reference in list(_module_state_mapping.values()):
         state = reference()
         one = getattr(state, "_fsdp_param_group", None)  # until torch 2.12
         yield from getattr(state, "_fsdp_param_groups", None) or filter(None, [one])

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.fingerprint import glimpse
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.weight_kinds import OF_VALUES, Reason, Undo, Verb
-from lora_inject.private import needed
 from lora_inject.quantized.plain_layers import Layer, LayerKind, become_plain
 
 _MODULE = "bitsandbytes.nn.modules"
@@ -155,11 +154,9 @@ def codes_of(data: Tensor, state: Any) -> Tensor:
     """Return 4-bit codes as they are stored in files; inference on some CPUs rearranges them."""
     if not getattr(state, "packing_format_for_cpu", False):
         return data
-    put_back = needed(
-        "bitsandbytes.functional._convert_weight_packed_for_cpu_inverse",
-        "reading 4-bit weights that inference on a CPU has rearranged",
-    )
-    codes: Tensor = put_back(data, copy.copy(state))[0]
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    codes: Tensor = _convert_weight_packed_for_cpu_inverse(data, copy.copy(state))[0]
     return codes
 
 
