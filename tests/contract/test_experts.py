@@ -248,7 +248,6 @@ def test_experts_of_every_architecture_are_planned_exchanged_and_merged_model(
     assert {site.name for site in plan.sites} == {*stacks(plain)}
     assert all(site.transposed == (layout == "in_out") for site in plan.sites)
     assert plan.n_lora == sum(RANK * len(p) * sum(p.shape[1:]) for p in stacks(plain).values())
-    assert any(" of them for each token" in note for note in plan.notes)
     if family in MOE:
         bare = config(r"experts\.(gate_up_proj|down_proj)")
         assert li.plan(plain, bare).sites == li.plan(plain, config(expert_rule(layout))).sites
@@ -313,7 +312,6 @@ def test_experts_in_a_list_are_known_by_the_router_beside_them_and_left_to_all_e
     model, x = nn.Sequential(Routed()).double(), torch.randn(5, 4, dtype=torch.float64)
     plan = li.plan(model, {"targets": ["all-experts"]})
     assert {site.name for site in plan.sites} == LISTED
-    assert plan.notes[0] == "1 block of 3 experts, 2 of them for each token"
     alone = li.plan(model, {"targets": ["all-linear"]})
     assert {site.name for site in alone.sites} > LISTED
     both = {"rank": 3, "targets": ["all-linear", ALL | {"rank": {"active": 2}}]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -30,7 +29,8 @@ def _on_words(config: Config, inventory: Inventory, sites: Sequence[SiteSpec]) -
         else:
             yield "all-linear takes every linear layer: the model states no output head"
     if inventory.mixtures:
-        yield from _on_experts(config, inventory.mixtures, sites)
+        words = WORDS.intersection(rule.match for rule in config.targets)
+        yield from left_out(words, inventory.mixtures, {site.name for site in sites})
 
 
 def _on_numbers(candidates: Sequence[Candidate], sites: Sequence[SiteSpec]) -> Iterator[str]:
@@ -72,19 +72,6 @@ def _several(sites: Sequence[SiteSpec]) -> str:
 
 
 # ----------------------------------------------------------------------------------------- experts
-
-
-def _on_experts(
-    config: Config, mixtures: Sequence[Mixture], sites: Iterable[SiteSpec]
-) -> Iterator[str]:
-    """Yield what a plan takes and leaves of experts, if words such as `all-linear` are rules."""
-    words = WORDS.intersection(rule.match for rule in config.targets)
-    if words:
-        yield from left_out(words, mixtures, {site.name for site in sites})
-        alike = Counter((mixture.n_experts, mixture.top_k) for mixture in mixtures)
-        for (n_experts, top_k), n in alike.items():
-            meets = f"{top_k:,} of them for each token" if top_k else "and it is not said how many"
-            yield f"{counted(n, 'block')} of {n_experts:,} experts, {meets}"
 
 
 def left_out(words: Collection[str], mixtures: Sequence[Mixture], sites: set[str]) -> Iterator[str]:
