@@ -29,7 +29,6 @@ from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import gained, updated_norms
 from lora_inject.core.functional.linear import frozen_output, linear
 from lora_inject.core.functional.plain_operations import add_updates, embedding
-from lora_inject.core.functional.torch_inside import in_trace
 from lora_inject.core.layers.adapted import (
     Adapted,
     WeightUpdate,
@@ -354,7 +353,6 @@ class LoRAEmbedding(ForwardUpdate):
 
     kind = "embedding"
     classes = (nn.Embedding,)
-    num_embeddings: int
     padding_idx: int | None
     scale_grad_by_freq: bool
     sparse: bool
@@ -384,13 +382,6 @@ class LoRAEmbedding(ForwardUpdate):
     ) -> Any:
         """Look rows up with a sum of updates, and multiply by a gain."""
         ids, weight = self._lora_input(args, kwargs), self._lora_own("weight")
-        num = updates[0].A.shape[1]
-        if not in_trace() and num != self.num_embeddings:
-            raise LayerError(
-                "an embedding with an adapter",
-                f"it was resized from {num} to {self.num_embeddings} rows after inject",
-                "Eject first, resize, then inject again",
-            )
         if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
             rows = self._lora_rows(ids, formed_weight(self))
         else:
