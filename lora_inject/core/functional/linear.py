@@ -135,7 +135,9 @@ def _parts(
     u: Update, wide: Tensor, thin: Tensor, B: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield matching views: of `(n, out)`, `(n, rank * parts)` and `(adapted out, rank)`."""
-    for part in adapted_parts(u.spans or ((0, wide.shape[1]),), B.shape[1]):
+    if u.spans is None:
+        yield wide, thin, B
+    for part in adapted_parts(u.spans or (), B.shape[1]):
         yield wide[:, part.start : part.stop], thin[:, part.a], B[part.b]
 
 
@@ -256,5 +258,5 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """Return `scale * left @ right` in one operation."""
-    unread = left.new_empty(()).expand(1, 1)  # as beta is 0
+    unread = left.new_empty(1, 1)  # as beta is 0
     return torch.addmm(unread, left, right, beta=0, alpha=scale, out=out)
