@@ -128,7 +128,7 @@ class ChosenRows(Rows):
         rows = rows.repeat_interleave(x.shape[0] // n)
         out = base = layer._lora_without_updates(args, kwargs)
         if isinstance(layer, LoRALinear):
-            bank, held = bank_of(adapters, base=True), held_by(layer)
+            bank, held = bank_of([[], *adapters]), held_by(layer)
             float32, drops = attached.float32, layer.training
             return routed_update(base, x, bank, held, rows, float32=float32, drops=drops)
         for place, recipes in enumerate(adapters, 1):
@@ -220,7 +220,7 @@ def chosen_factors(
     this layer's adapters. Adapters that are not chosen do not reach the output, not even where they
     hold NaN; where they require a gradient, it is zero.
     """
-    bank = bank_of(adapters, base=False)
+    bank = bank_of(adapters)
     A_bank, B_T_bank = stacked(bank, held, out, dtype)
     rows = chosen_rows(choice[:, 0], numbers)
     index, here = (rows - 1).clamp(min=0), (rows > 0)[:, None, None]

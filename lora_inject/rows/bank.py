@@ -28,6 +28,7 @@ class Bank(NamedTuple):
         A: The names of A, one after the other.
         B: The names of B.
         rank: The rank of each adapter in the stack.
+        even: Whether each place is one update of that rank, or the base.
         zeros: Before which of these so many ranks of zeros stand: for the base, or as padding.
         scale: The factor on all products.
         changed: Which B is not taken as it is: its number, a factor, and its spans.
@@ -37,30 +38,31 @@ class Bank(NamedTuple):
     A: Sequence[str]
     B: Sequence[str]
     rank: int
+    even: bool
     zeros: Sequence[tuple[int, int]]
     scale: float
     changed: Sequence[tuple[int, float, Spans | None]]
     dropouts: Sequence[float]
 
 
-def bank_of(adapters: Sequence[Sequence[Recipe]], *, base: bool) -> Bank:
-    """Return the bank of some adapters of any ranks; with `base` the first place is the base."""
-    flat = [recipe for recipes in adapters for recipe in recipes]
-    ranks = [sum(recipe.rank for recipe in recipes) for recipes in adapters]
-    rank, end = max(ranks), 0
-    zeros = [(0, rank)] if base else []
-    for recipes, own in zip(adapters, ranks, strict=True):
+def bank_of(places: Sequence[Sequence[Recipe]]) -> Bank:
+    """Return the bank of the updates that each place has; the base has none."""
+    flat = [recipe for recipes in places for recipe in recipes]
+    ranks = [sum(recipe.rank for recipe in recipes) for recipes in places]
+    rank, end, zeros = max(ranks), 0, []
+    for recipes, own in zip(places, ranks, strict=True):
         end += len(recipes)
         if own < rank:
             zeros.append((end, rank - own))
-    dropouts = [recipes[0].dropout for recipes in adapters]
-    dropouts = [0.0, *dropouts] if base else dropouts
+    even = all(len(each) <= 1 for each in places) and {*ranks} <= {0, rank}
+    dropouts = [recipes[0].dropout if recipes else 0.0 for recipes in places]
     one_scale = all(recipe.scale == flat[0].scale for recipe in flat)
     scale = flat[0].scale if one_scale else 1.0
     factors = [1.0 if one_scale else recipe.scale for recipe in flat]
     both = enumerate(zip(factors, flat, strict=True))
     changed = [(i, factor, r.spans) for i, (factor, r) in both if r.spans or factor != 1.0]
-    return Bank([r.A for r in flat], [r.B for r in flat], rank, zeros, scale, changed, dropouts)
+    As, Bs = [recipe.A for recipe in flat], [recipe.B for recipe in flat]
+    return Bank(As, Bs, rank, even, zeros, scale, changed, dropouts)
 
 
 def routed_update(
@@ -91,7 +93,7 @@ def routed_update(
     Examples:
         >>> held = {"A": torch.randn(2, 4), "B": torch.randn(6, 2)}
         >>> y, x = torch.zeros(2, 1, 6), torch.randn(2, 1, 4)
-        >>> bank = bank_of([[Recipe("A", "B", 2, 0.5)]], base=True)
+        >>> bank = bank_of([[], [Recipe("A", "B", 2, 0.5)]])
         >>> routed = routed_update(y, x, bank, held, torch.tensor([1, 0]), float32=False)
         >>> added = 0.5 * x[0] @ held["A"].T @ held["B"].T
         >>> torch.allclose(routed[0], added, atol=1e-6), bool(routed[1].any())
@@ -101,13 +103,23 @@ def routed_update(
         dtype, n_out = compute_dtype(y.dtype, float32), y.shape[-1]
         A, B_T = stacked(bank, held, n_out, dtype)
         if places is not None:
-            A, B_T = A.index_select(0, places), B_T.index_select(0, places)
+            A, B_T = A.index_select(0, places), _picked(B_T, places)
         n, _, n_in = A.shape
-        x3, y3 = x.reshape(n, -1, n_in), cast(y.reshape(n, -1, n_out), dtype)
+        x3, y3 = x, y
+        if y.dim() != 3 or y.shape[0] != n:
+            x3, y3 = x.reshape(n, -1, n_in), y.reshape(n, -1, n_out)
         if drops and any(bank.dropouts):
             x3 = _routed_dropout(x3, bank.dropouts, places)
-        h = _thin(x3, A)
-        return cast(torch.baddbmm(y3, h, B_T, alpha=bank.scale), y.dtype).view(y.shape)
+        added = torch.baddbmm(cast(y3, dtype), _thin(x3, A), B_T, alpha=bank.scale)
+        out = cast(added, y.dtype)
+        return out if y3 is y else out.view(y.shape)
+
+
+def _picked(B_T: Tensor, places: Tensor) -> Tensor:
+    """Return the B^T of each row; their memory stays in the order that it has."""
+    if B_T.is_contiguous():
+        return B_T.index_select(0, places)
+    return B_T.mT.index_select(0, places).mT
 
 
 def _thin(x3: Tensor, A: Tensor) -> Tensor:
@@ -147,9 +159,8 @@ def stacked(
 ) -> tuple[Tensor, Tensor]:
     """Stack adapters as A and B^T, `(n, rank, in)` and `(n, rank, out)`.
 
-    With the rank as rows both lie as products of batches want them: with a stack of B, a token of
-    16 rows took three times as long over a 16-bit base, on one CPU. The zeros are transposed as B
-    is, as torch copies at once what has equal strides.
+    A B^T in 16 bits has the rank as rows in memory, too: as a view of a stack of B, a token of 16
+    rows took three times as long, on one CPU. In 32 bits the view is faster than to make it.
     """
     As, Bs = [held[name] for name in bank.A], [held[name] for name in bank.B]
     for number, factor, spans in bank.changed:
@@ -160,6 +171,12 @@ def stacked(
         for number, n in reversed(bank.zeros):
             As.insert(number, no_A[:n])
             Bs.insert(number, no_B[:, :n])
+    A = torch.cat(As).view(-1, bank.rank, As[0].size(1))
+    if bank.even and Bs[0].element_size() > 2:
+        B_T = torch.cat(Bs).view(-1, out, bank.rank).mT
+    else:
+        B_T = torch.cat([B.t() for B in Bs]).view(-1, bank.rank, out)
     # Cast as a stack: that is one launch for any number of adapters.
-    A, B_T = cast(torch.cat(As), dtype), cast(torch.cat([B.t() for B in Bs]), dtype)
-    return A.view(-1, bank.rank, A.size(1)), B_T.view(-1, bank.rank, out)
+    if B_T.dtype != dtype:
+        B_T = B_T.to(dtype, memory_format=torch.contiguous_format)
+    return cast(A, dtype), B_T

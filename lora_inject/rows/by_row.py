@@ -31,6 +31,9 @@ Row = tuple[tuple[str, float], ...]
 
 _BASE = Mix()
 
+_FEW = 32
+"""Up to so many rows, to put the tensors of each together costs less than to pick from a stack."""
+
 
 def row_of(which: str | Mapping[str, float] | None) -> Row:
     """Return a row in one form.
@@ -54,11 +57,14 @@ class Taking(NamedTuple):
         bank: The updates, if they are all, and are added to the output of each row.
         places: The place of each row in the bank. Fewer stand for as many equal runs of rows; None
             for one run of each place, in order.
+        by_row: A bank with a place for each of a few such runs, of which nothing is picked. A
+            backward would have to add what each place of one adapter gives, one by one.
     """
 
     entries: Sequence[Entry]
     bank: Bank | None = None
     places: tuple[int, ...] | None = None
+    by_row: Bank | None = None
 
 
 class Rows(Selected):
@@ -134,15 +140,19 @@ class Rows(Selected):
 
     def _banked(self, entries: Sequence[Entry], each: Mapping[Row, Sequence[Recipe]]) -> Taking:
         """Return what the rows have of a layer that takes it from a bank."""
-        base = len(each) < len(self.mixes)
-        place = {row: i for i, row in enumerate(each, base)}
+        kinds = [*each.values()]
+        if len(each) < len(self.mixes):
+            kinds.insert(0, ())  # the base
+        place = {row: i for i, row in enumerate(each, len(kinds) - len(each))}
         places = [place.get(row, 0) for row in self.rows]
         runs = (len(list(same)) for _, same in groupby(places))
         places = places[:: math.gcd(*runs)]
-        in_order = places == [*range(len(each) + base)]
-        return Taking(
-            entries, bank_of([*each.values()], base=base), None if in_order else (*places,)
-        )
+        bank = bank_of(kinds)
+        if places == [*range(len(kinds))]:
+            return Taking(entries, bank)
+        few = len(places) <= _FEW and bank.even and not bank.changed
+        by_row = bank_of([kinds[place] for place in places]) if few else None
+        return Taking(entries, bank, (*places,), by_row)
 
     def number_of_rows(self, layer: Adapted, x: Tensor) -> int | None:
         """Return how long the first axis of an input is; None if that is not the rows."""
@@ -203,8 +213,12 @@ class Rows(Selected):
             return plain
         x, drops = self.dropped(layer, x, taking)
         y: Tensor = layer._lora_without_updates(args, kwargs)
-        places, float32 = self._sent(taking.places, x.device), layer._lora.float32
-        return routed_update(y, x, bank, held_by(layer), places, float32=float32, drops=drops)
+        places, float32, held = None, layer._lora.float32, held_by(layer)
+        if taking.by_row is not None and not torch.is_grad_enabled():
+            bank = taking.by_row
+        elif taking.places is not None:
+            places = self._sent(taking.places, x.device)
+        return routed_update(y, x, bank, held, places, float32=float32, drops=drops)
 
     def dropped(self, layer: Adapted, x: Tensor, taking: Taking) -> tuple[Tensor, bool]:
         """Return the input of the adapters, and whether it is yet to be dropped."""
@@ -263,10 +277,8 @@ class Rows(Selected):
 
     # --------------------------------------------------------------------------- where the rows are
 
-    def _sent(self, places: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+    def _sent(self, places: tuple[int, ...], device: torch.device) -> Tensor:
         """Return the places of rows on a device."""
-        if places is None:
-            return None
         key = places, queue_of(device)
         if key not in self._places:
             self._places[key] = sent(places, device)
