@@ -31,8 +31,8 @@ def rows_at_once(matrix: Tensor) -> int:
 
 
 def _elements_at_once(tensor: Tensor) -> int:
-    """Return how many elements to take at once: a block for each thread of a CPU, 256 elsewhere."""
-    return BLOCK_ELEMENTS * (torch.get_num_threads() if tensor.device.type == "cpu" else 256)
+    """Return how many elements to take at once: a block for each thread of a CPU, 192 elsewhere."""
+    return BLOCK_ELEMENTS * (torch.get_num_threads() if tensor.device.type == "cpu" else 192)
 
 
 class _Part(NamedTuple):
@@ -82,14 +82,30 @@ class Delta:
 
         Values outside every block keep their bits.
         """
-        stop = start + rows.shape[0]
+        return _added(rows, self._on(start, len(rows)))
+
+    def over_(self, rows: Tensor, start: int) -> Tensor:
+        """Write the delta over rows `(n, cols)`, and -0.0 outside every block.
+
+        -0.0 keeps the bits of any value that it is added to.
+        """
+        parts = self._on(start, len(rows))
+        if parts and (len(parts[0].left), parts[0].right.shape[1]) == rows.shape:
+            torch.mm(parts[0].left, parts[0].right, out=rows)
+            return _added(rows, parts[1:])
+        return _added(rows.fill_(-0.0), parts)
+
+    def _on(self, start: int, n: int) -> list[_Part]:
+        """Return the parts of n rows from `start` on, which are 0 to n there."""
+        stop = start + n
         reaching = slice(bisect_right(self._lasts, start), bisect_left(self._firsts, stop))
+        parts = []
         for part in self._parts[reaching]:
             first, last = max(part.first, start), min(part.last, stop)
             if first < last:
                 left = part.left[first - part.first : last - part.first]
-                rows[first - start : last - start, part.cols].addmm_(left, part.right)
-        return rows
+                parts.append(_Part(first - start, last - start, part.cols, left, part.right))
+        return parts
 
     def norms_of(self, blocks: Iterable[tuple[int, Tensor]]) -> None:
         """Compute the norms of outputs that are columns before `fold_`, since they need all rows.
@@ -114,6 +130,12 @@ class Delta:
         if self._gains is not None:
             return total.mul_(self._gains)
         return total.mul_(self.gain.of(norms_of(total, False), start)[:, None])
+
+
+def _added(rows: Tensor, parts: Sequence[_Part]) -> Tensor:
+    for part in parts:
+        rows[part.first : part.last, part.cols].addmm_(part.left, part.right)
+    return rows
 
 
 def _parts(term: Patch, dtype: torch.dtype) -> list[_Part]:
@@ -164,16 +186,14 @@ class Tally:
     eps: float = 0.0
 
     def count(self, before: Tensor, delta: Tensor, lost: Tensor) -> None:
-        """Count some rows of W, D and R.
+        """Count some rows of W, D and R."""
+        self.take(sums_of(before, delta, lost), before.dtype)
 
-        A sum in float32 is of one block: over 64 million values it is off by half a percent.
-        """
-        step = _elements_at_once(before)
-        flat = (torch.split(rows.reshape(-1), step) for rows in (before, delta, lost))
-        for w, d, r in zip(*flat, strict=True):
-            sums = torch.stack([torch.dot(w, w), torch.dot(d, d), torch.dot(r, d), torch.dot(r, r)])
-            ww, dd, rd, rr = sums.tolist()
-            self.add(Tally(ww, dd, rd, rr, torch.finfo(w.dtype).eps))
+    def take(self, sums: list[Tensor], dtype: torch.dtype) -> None:
+        """Add what `sums_of` has given of several rows, in a dtype: a GPU is waited for here."""
+        found = iter(torch.stack(sums).tolist() if sums else ())
+        for ww, dd, rd, rr in zip(found, found, found, found, strict=True):
+            self.add(Tally(ww, dd, rd, rr, torch.finfo(dtype).eps))
 
     def add(self, other: Tally) -> None:
         """Add the tally of other rows of the same tensor."""
@@ -217,6 +237,19 @@ class Tally:
         return math.sqrt(self.rr / self.dd) if self.dd else 0.0
 
 
+def sums_of(before: Tensor, delta: Tensor, lost: Tensor) -> list[Tensor]:
+    """Return `<W, W>`, `<D, D>`, `<R, D>` and `<R, R>` of each block of some rows.
+
+    A sum in float32 is of one block: over 64 million values it is off by half a percent.
+    """
+    w, d, r = before.reshape(-1), delta.reshape(-1), lost.reshape(-1)
+    step = _elements_at_once(w)
+    if len(w) <= step:
+        return [torch.dot(w, w), torch.dot(d, d), torch.dot(r, d), torch.dot(r, r)]
+    blocks = zip(torch.split(w, step), torch.split(d, step), torch.split(r, step), strict=True)
+    return [one for block in blocks for one in sums_of(*block)]
+
+
 def fold_rows(
     rows: Tensor,
     start: int,
@@ -231,26 +264,32 @@ def fold_rows(
     keep their bits.
     """
     out = torch.empty_like(rows) if out is None else out
-    step = min(rows_at_once(rows), rows.shape[0])
+    if not len(rows):
+        return out
+    step = min(rows_at_once(rows), len(rows))
+    sums: list[Tensor] = []
     with torch.inference_mode():  # autograd's bookkeeping would be a tenth of the arithmetic
-        # Few torch calls for each block: threads wait for the GIL at each call.
-        room = torch.empty(3, step, rows.shape[1], dtype=delta.dtype, device=rows.device)
-        for first in range(0, rows.shape[0], max(1, step)):
-            piece, merged = rows[first : first + step], out[first : first + step]
-            before, change, wanted = room[:, : piece.shape[0]]
-            before.copy_(piece)
+        # Few calls for each block: the arithmetic fills the caches, so each call is a slow one, and
+        # threads wait for the GIL at each.
+        n = 1 if tally is None else 4
+        room = torch.empty(n, step, rows.shape[1], dtype=delta.dtype, device=rows.device)
+        for piece, merged in zip(torch.split(rows, step), torch.split(out, step), strict=True):
+            if len(piece) < step:
+                room = room[:, : len(piece)]
             if tally is None:
-                merged.copy_(delta.fold_(before, start + first))
-                continue
-            if delta.gain is not None:
-                wanted = delta.fold_(before.clone(), start + first)
-                merged.copy_(wanted)
-                tally.count(before, wanted - before, wanted - merged.to(delta.dtype))
-                continue
-            # -0.0: adding it to any value keeps all bits.
-            delta.add_(change.fill_(-0.0), start + first)
-            merged.copy_(torch.add(before, change, out=wanted))
-            tally.count(before, change, wanted.sub_(merged))
+                merged.copy_(delta.fold_(room[0].copy_(piece), start))
+            else:
+                before, change, wanted, written = room
+                before.copy_(piece)
+                if delta.gain is None:
+                    torch.add(before, delta.over_(change, start), out=wanted)
+                else:
+                    torch.sub(delta.fold_(wanted.copy_(before), start), before, out=change)
+                lost = wanted.sub_(written.copy_(merged.copy_(wanted)))
+                sums += sums_of(before, change, lost)
+            start += len(piece)
+        if tally is not None:
+            tally.take(sums, delta.dtype)
     return out
 
 

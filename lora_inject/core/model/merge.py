@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from lora_inject.core.functional.merge_report import MergeReport
 from lora_inject.core.layers.attached import check_mixed
-from lora_inject.core.layers.library import claims, loaded_libraries, packed_weight, weight_kind
+from lora_inject.core.layers.library import (
+    claims,
+    loaded_kinds,
+    loaded_libraries,
+    packed_weight,
+    weight_kind,
+)
 from lora_inject.core.layers.selection import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
@@ -92,8 +98,9 @@ def merge(
     root = survey.root
     mix = _mix_to_fold(survey, name, "merge")
     targets = _targets(survey, mix, into)
+    kinds = loaded_kinds()
     for target in targets:
-        target.check()
+        target.check(kinds)
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
     untold = check_ties(survey, untied)
     if untold and eject:
@@ -179,8 +186,9 @@ def merged_weights(
                 problem = "the model is sharded, and its weights are quantized or to be dequantized"
                 raise LayerError(asked, problem, "Call it on an unsharded copy")
     targets = _targets(survey, mix, into)
+    kinds = loaded_kinds()
     for target in targets:
-        target.check(written=False)
+        target.check(kinds, written=False)
     weights = _folded(survey, targets, kept)
     if names == "model":
         return weights

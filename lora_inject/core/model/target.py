@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -19,9 +20,16 @@ from lora_inject.core.functional.fold import (
 )
 from lora_inject.core.functional.merge_report import TensorReport
 from lora_inject.core.layers.attached import Entry
-from lora_inject.core.layers.library import dense, loaded_kinds, reason_against, weight_kind
+from lora_inject.core.layers.library import dense, reason_against, weight_kind
 from lora_inject.core.layers.survey import Holder, memory_of
-from lora_inject.core.layers.weight_kinds import UNKNOWN, Verb, is_quantized, sharded_by, whole
+from lora_inject.core.layers.weight_kinds import (
+    UNKNOWN,
+    Verb,
+    WeightKind,
+    is_quantized,
+    sharded_by,
+    whole,
+)
 from lora_inject.core.model.undo import Put, version_of
 from lora_inject.errors import LayerError, StateError
 
@@ -81,8 +89,11 @@ class Target:
 
     # ------------------------------------------------------------------------------- refusals
 
-    def check(self, *, written: bool = True) -> None:
-        """Raise if nothing can be added to it; what is not written may be a DTensor."""
+    def check(self, kinds: Sequence[WeightKind], *, written: bool = True) -> None:
+        """Raise if nothing can be added to it; what is not written may be a DTensor.
+
+        The kinds are those of `loaded_kinds`, which is asked once for many tensors.
+        """
         weight, gathered = self.weight, not written and hasattr(self.weight, "full_tensor")
         if weight.is_meta:
             raise self._refused("the weight is on the meta device", "Load the base weights first")
@@ -91,16 +102,16 @@ class Target:
         if self.packed:
             self._check_packed(written=written)
         else:
-            self._check_plain(written=written)
+            self._check_plain(kinds, written=written)
         if not gathered:
-            self._held()
+            self._check_finite()
 
     def _refused(self, problem: str, remedy: str) -> LayerError:
         return LayerError(f"merge into {self.name!r}", problem, remedy)
 
-    def _check_plain(self, *, written: bool) -> None:
+    def _check_plain(self, kinds: Sequence[WeightKind], *, written: bool) -> None:
         weight = self.weight
-        reason = reason_against("merge", self.holder.module, weight, loaded_kinds())
+        reason = reason_against("merge", self.holder.module, weight, kinds)
         if reason is not None:
             raise self._refused(*reason)
         if written and weight.is_inference() and not torch.is_inference_mode_enabled():
@@ -134,7 +145,7 @@ class Target:
             raise self._refused(*fixed)
 
     def _held(self) -> dict[str, Tensor]:
-        """Return the adapters' tensors by their names in the module, whole and finite."""
+        """Return the adapters' tensors by their names in the module, whole."""
         held = {}
         for entry, _ in self.entries:
             for role, tensor in entry.tensors(self.holder.module).items():
@@ -142,13 +153,20 @@ class Target:
                     problem = f"{role} of site {self.name!r} is sharded by {how}"
                     remedy = "Merge into an unsharded copy"
                     raise LayerError(f"merge {entry.adapter!r}", problem, remedy)
-                held[entry.names[role]] = values = whole(tensor)
-                if not all_finite(values):
+                held[entry.names[role]] = whole(tensor)
+        return held
+
+    def _check_finite(self) -> None:
+        held = self._held()
+        if all_finite(*held.values()):
+            return
+        for entry, _ in self.entries:
+            for role, name in entry.names.items():
+                if not all_finite(values := held[name]):
                     n = int((~torch.isfinite(values)).sum())
                     problem = f"{role} of site {self.name!r} is NaN or Inf in {n} places"
                     remedy = "The adapter is broken; merge another checkpoint of it"
                     raise StateError(f"merge {entry.adapter!r}", problem, remedy)
-        return held
 
     # --------------------------------------------------------------------------------- values
 
@@ -165,6 +183,7 @@ class Target:
         self._fold(values, merged, self.tally)
         counted = self.tally is not None and self.tally.finite  # which spares a pass
         if not counted and not all_finite(merged):
+            self._check_finite()  # NaN or Inf of an adapter reaches every sum that it is in
             if not all_finite(values):
                 raise self._refused("the base holds NaN or Inf", "Check the base")
             problem = f"the merged weight overflows {self.dtype}"
