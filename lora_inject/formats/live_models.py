@@ -63,13 +63,17 @@ def facts_of_model(
         module_names=tuple(filter(None, modules)),
         tensor_names=tuple(tensor_names),
         transposed_modules=tuple(_transposed(modules)),
-        orientation_known=not (hasattr(model, "base_model_prefix") and is_transformers_4()),
+        orientation_known=_orientation_known(model),
         expert_names=expert_names(model),
         config=dict(plain) if isinstance(plain, Mapping) else None,
         base_model=getattr(config, "_name_or_path", None) or None,
         task_type=_task_type(model, model_type),
-        unfit=lambda name: _why_unfit(model_type, modules.get(name), name),
+        unfit=_unfit(model_type, modules),
     )
+
+
+def _orientation_known(model: nn.Module) -> bool:
+    return not (hasattr(model, "base_model_prefix") and is_transformers_4())
 
 
 def is_transformers_4() -> bool:
@@ -141,6 +145,14 @@ def _task_type(model: nn.Module, model_type: str | None) -> str | None:
     return None
 
 
+def _unfit(model_type: object, modules: Mapping[str, nn.Module]) -> Callable[[str], str] | None:
+    """Return what says why PEFT's layers cannot stand in the place of a module; None if all can."""
+    classes = set(map(type, modules.values()))
+    if model_type not in _MAMBA and not any(issubclass(cls, _CONVOLUTIONS) for cls in classes):
+        return None
+    return lambda name: _why_unfit(model_type, modules.get(name), name)
+
+
 def _why_unfit(model_type: object, module: nn.Module | None, name: str) -> str:
     """Return why PEFT would refuse, fail or do nothing with an adapter of a module, or ""."""
     if module is None:
@@ -162,10 +174,18 @@ def _why_unfit(model_type: object, module: nn.Module | None, name: str) -> str:
     return ""
 
 
-def notes_on_files(survey: Survey, specs: Sequence[SiteSpec]) -> Iterator[str]:
+def notes_on_files(
+    survey: Survey, specs: Sequence[SiteSpec], tensor_names: Iterable[str]
+) -> Iterator[str]:
     """Yield what the default format cannot hold of sites, and the call that works."""
+    model_type = getattr(getattr(survey.model, "config", None), "model_type", None)
+    facts = ModelFacts(  # what `check_sites` asks for
+        tensor_names=tuple(tensor_names),
+        orientation_known=_orientation_known(survey.model),
+        unfit=_unfit(model_type, survey.by_name),
+    )
     try:
-        check_sites(specs, facts_about(survey))
+        check_sites(specs, facts)
     except FormatError as problem:
         what = ", ".join(filter(None, (problem.asked, problem.found)))
         yield f"save_adapter cannot write this as {DEFAULT!r}: {what}. {problem.remedy}"

@@ -260,10 +260,14 @@ def test_a_layer_that_was_given_another_class_is_an_error_and_can_be_ejected() -
     class Other(nn.Linear):
         """Knows of no adapter."""
 
-    model = li.inject(nn.Sequential(nn.Linear(6, 6)), config("0"))
-    model[0].__class__ = Other
-    for verb in (li.merge, li.adapter_state, lambda m: li.inject(m, config("0"), "second")):
-        with refused(li.LayerError, "'0'", "Other", model=model):
+    def further(model: nn.Module) -> None:
+        li.inject(model, config("0", "1"), "second")  # 0 is of that class too, and never had one
+
+    model = li.inject(nn.Sequential(Other(6, 6), nn.Linear(6, 6)), config("1"))
+    model[1].__class__ = Other
+    for verb in (li.merge, li.adapter_state, further):
+        with refused(li.LayerError, "'1'", "Other", model=model):
             verb(model)
     li.eject(model)
-    assert (type(model[0]), list(model.state_dict())) == (Other, ["0.weight", "0.bias"])
+    assert type(model[1]) is Other
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]

@@ -133,10 +133,13 @@ class _Listing:
         known = self.classes.get(type(module))
         if known is None:
             known = self.classes[type(module)] = _Class.of(type(module))
-        shapes = {key: () if is_lazy(p) else tuple(p.shape) for key, p in own.items()}
+        shapes = {
+            key: () if type(p) is not nn.Parameter and is_lazy(p) else tuple(p.shape)
+            for key, p in own.items()
+        }
         empty = 0 in shapes.get(known.weight, ())
         if known.kind is not None and not empty:
-            self._layer(name, module, known, shapes.get(known.weight))
+            self._layer(name, module, known, own, shapes.get(known.weight))
         elif name and (members := _members(module, own)):
             self._whole(name, module, members)
         else:
@@ -149,29 +152,32 @@ class _Listing:
             if key != known.weight:
                 self._parameter(full, module, key, own[key], shape)
 
-    def _layer(self, name: str, module: nn.Module, known: _Class, shape: Shape | None) -> None:
+    def _layer(
+        self,
+        name: str,
+        module: nn.Module,
+        known: _Class,
+        own: dict[str, nn.Parameter],
+        shape: Shape | None,
+    ) -> None:
         row, key, full = known.kind, known.weight, joined(name, known.weight)
-        stated: Geometry = row.geometry(module)
-        weight = self.survey.own[id(module)].get(key, module._buffers.get(key))
-        adds = not _has_own_forward(module) and row.adds_to_output(module, stock=known.stock)
-        refusal = None
-        writes = module.__dict__.get(_WRITES) is not None
-        if shape != stated.weight_shape or writes or not self._is_plain(weight):
-            refusal = self._why_not(module, key, weight) or _unfit(module, weight, stated, adds)
-        self.candidates.append(
-            Candidate(
-                name,
-                row.kind,
-                *stated[:3],
-                full,
-                *stated[3:],
-                aliases=self._further(module),
-                tied=self._tied(full, weight),
-                refusal=refusal,
-                update="forward" if adds else "weight",
-                dtype="" if weight is None else dtype_name(weight.dtype),
-            )
-        )
+        n_in, n_out, stated, transposed, experts = geometry = row.geometry(module)
+        weight = own[key] if key in own else module._buffers.get(key)
+        state = module.__dict__
+        replaced = "forward" in state and _has_own_forward(module)
+        adds = not replaced and row.adds_to_output(module, stock=known.stock)
+        refusal, dtype = None, None if weight is None else weight.dtype
+        writes = state.get(_WRITES) is not None
+        if shape != stated or writes or not self._is_plain(weight, dtype):
+            refusal = self._why_not(module, key, weight) or _unfit(module, weight, geometry, adds)
+        aliases = self._further(module) if self.survey.further else ()
+        tied = self._tied(full, weight) if self.survey.tied else ()
+        update = "forward" if adds else "weight"
+        dtype_ = "" if dtype is None else dtype_name(dtype)
+        # From a tuple, as there are thousands: by keywords it takes three times as long.
+        shapes = name, row.kind, n_in, n_out, stated, full, transposed, experts
+        further = "", aliases, tied, refusal, False, update, dtype_, (), None
+        self.candidates.append(Candidate._make(shapes + further))
 
     def _parameter(
         self, full: str, module: nn.Module, key: str, parameter: nn.Parameter, shape: Shape
@@ -216,9 +222,9 @@ class _Listing:
 
     # ------------------------------------------------------------------------------------- why not
 
-    def _is_plain(self, weight: Tensor | None) -> bool:
+    def _is_plain(self, weight: Tensor | None, dtype: torch.dtype | None) -> bool:
         """Whether a weight is what most are: a Parameter with its values."""
-        if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS or self.kinds:
+        if type(weight) is not nn.Parameter or dtype not in _FLOATS or self.kinds:
             return False
         return self.away is None or not weight.is_meta
 
@@ -274,8 +280,8 @@ def _unfit(module: nn.Module, weight: Tensor | None, stated: Geometry, adds: boo
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Return whether the instance has a forward, and one that does not call that of its class."""
-    if "forward" not in module.__dict__ or is_of_class(module.__dict__.get(OLD_FORWARD), module):
+    """Return whether a forward on the instance does not call that of its class."""
+    if is_of_class(module.__dict__.get(OLD_FORWARD), module):
         return False
     return not any(library.calls_class(module) for library in loaded_libraries())
 

@@ -132,7 +132,7 @@ class Survey:
     def weights(self) -> dict[str, nn.Parameter]:
         """Every base parameter, under each of its names."""
         return {
-            joined(path, key): parameter
+            f"{path}.{key}" if path else key: parameter
             for path, module in self.named
             for key, parameter in self.own[id(module)].items()
         }

@@ -62,7 +62,7 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
         _checked_places(survey, "", planned, present)
     except LayerError as error:
         notes.append(f"inject would refuse this: {error.asked}: {error.found}. {error.remedy}")
-    notes += notes_on_files(survey, planned.sites)
+    notes += notes_on_files(survey, planned.sites, present.listed)
     return replace(planned, notes=(*planned.notes, *notes))
 
 

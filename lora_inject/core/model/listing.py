@@ -167,7 +167,10 @@ def _notes(survey: Injected, infos: Mapping[str, AdapterInfo]) -> Iterator[str]:
         if info.idle:
             some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
             yield f"{name}: no forward has used {some} ({len(info.idle)}) so far"
-        notes = *notes_on_adapter(survey, name), *notes_on_files(survey, [*info.sites.values()])
+        notes = (
+            *notes_on_adapter(survey, name),
+            *notes_on_files(survey, [*info.sites.values()], survey.weights),
+        )
         yield from (f"{name}: {note}" for note in notes)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -12,7 +11,7 @@ from lora_inject.core.functional.weight import reads_as_sum
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.attached import Entry, attribute, check_class_kept
 from lora_inject.core.layers.library import weight_kind
-from lora_inject.core.layers.survey import Carried, Survey
+from lora_inject.core.layers.survey import Carried, Survey, base_tensor
 from lora_inject.core.layers.weight_kinds import is_quantized
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.layouts import why_no_gain
@@ -53,18 +52,17 @@ def _asked(place: Carried) -> str:
 def _of_sites(survey: Survey, name: str, sites: Iterable[SiteSpec]) -> Iterator[Carried]:
     """Yield the place of each site, and of the bias of its B where it has one."""
     modules, paths = survey.by_name, survey.paths
-
-    @cache  # shared by sites
-    def names_of(roles: tuple[str, ...], read: str | None) -> dict[str, str]:
-        return {role: attribute(role, name, read) for role in roles if role != "b"}
-
+    known: dict[Hashable, dict[str, str]] = {}  # shared by sites that differ only in their names
     for spec in sites:
         owner, _, param = spec.weight.rpartition(".")
         module = modules[owner]
-        read = None if spec.update == "forward" else param
-        names = names_of(spec.roles, read)
+        alike = id(spec.shapes), param
+        if (names := known.get(alike)) is None:
+            read = None if spec.update == "forward" else param
+            names = {role: attribute(role, name, read) for role in spec.roles if role != "b"}
+            known[alike] = names
         path = paths[id(module)]
-        yield Carried(path, module, Entry(name, spec, param, names))
+        yield Carried._make((path, module, Entry(name, spec, param, names)))  # at half the cost
         if spec.lora_bias:
             b = {"b": attribute("b", name, "bias")}
             entry = Entry(name, None, "bias", b, spec.shapes["b"], None, spec.scale)
@@ -100,18 +98,23 @@ def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
     alike = cls, id(entry.names)
     is_new = alike not in classes
     # By the dicts: `hasattr` would raise and catch for each name.
-    held = [module.__dict__, module._parameters, module._buffers, module._modules]
-    held += map(vars, cls.__mro__) if is_new else ()
-    for flat in (flat for flat in entry.names.values() for names in held if flat in names):
-        problem = f"the module has an attribute {flat!r}"
-        raise LayerError(_asked(place), problem, "Choose another adapter name")
+    own, held, buffers = module.__dict__, module._parameters, module._buffers
+    for flat in entry.names.values():
+        of_class = is_new and hasattr(cls, flat)
+        if flat in own or flat in held or flat in buffers or flat in module._modules or of_class:
+            problem = f"the module has an attribute {flat!r}"
+            raise LayerError(_asked(place), problem, "Choose another adapter name")
     if is_new:
         if not entry.on_output and hasattr(plain_class(cls), entry.param):
             problem = f"{cls.__name__}.{entry.param} is computed by the class"
             remedy = "A parameter that is itself computed cannot take an update"
             raise LayerError(_asked(place), problem, remedy)
-        check_class_kept(module, _asked(place))
+        if entry.spec is not None and entry.gained and (why := why_no_gain(entry.spec)):
+            problem = f"variant {entry.spec.variant} on {why}"
+            raise LayerError(_asked(place), problem, "Train it with variant: lora")
         classes.add(alike)
+    if "_lora" in own:
+        check_class_kept(module, _asked(place))
 
 
 def _check_values(place: Carried) -> None:
@@ -120,11 +123,10 @@ def _check_values(place: Carried) -> None:
     | entry | tensor | refused |
     |---|---|---|
     | copy | packed, or of a layer that moves statistics | always |
-    | site with a gain | any | where the layer has no norms of its outputs |
     | site on the output | packed | with an init from W, or a gain whose norms its kind hides |
     | site that is read | packed | the same, in float32, and where it cannot read as a sum |
     """
-    spec, packed = place.entry.spec, is_quantized(place.weight)
+    spec, packed = place.entry.spec, is_quantized(base_tensor(place.module, place.entry.param))
     if spec is None:
         if packed:
             problem = f"it is quantized ({type(place.weight).__name__}): no copy of it can train"
@@ -132,9 +134,6 @@ def _check_values(place: Carried) -> None:
             raise LayerError(_asked(place), problem, remedy)
         _check_no_statistics(place.module, _asked(place))
         return
-    if place.entry.gained and (why := why_no_gain(spec)):
-        remedy = "Train it with variant: lora"
-        raise LayerError(_asked(place), f"variant {spec.variant} on {why}", remedy)
     if packed:
         _check_packed(place, spec)
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Literal, NamedTuple
 
-from lora_inject.core.spec.names import around, canonical, is_bias
+from lora_inject.core.spec.names import around, is_bias
 from lora_inject.core.spec.sites import Geometry
 
 LINEAR_KINDS = ("linear", "conv1d")
@@ -23,7 +23,7 @@ class Candidate(NamedTuple):
     in_features: int  # width of the input of A
     out_features: int  # width of the output of B
     weight_shape: tuple[int, ...]  # shape of the weight tensor
-    weight: str  # name of the weight tensor in the state dict
+    weight: str  # canonical name of the weight tensor in the state dict
     transposed: bool = False  # whether the weight matrix is `(in, out)`
     experts: int | None = None  # number of stacked matrices, or None
     owner: str = ""  # for a parameter, the name of the module that owns it
@@ -54,11 +54,8 @@ class Candidate(NamedTuple):
     @property
     def weight_names(self) -> list[str]:
         """Names of the weight of a module, the canonical one first."""
-        weight = canonical(self.weight)
-        if not self.aliases:
-            return [weight]
-        tail = weight.removeprefix(self.name)
-        return [weight, *(alias + tail for alias in self.aliases)]
+        tail = self.weight.removeprefix(self.name)
+        return [self.weight, *(alias + tail for alias in self.aliases)]
 
     @property
     def all_names(self) -> list[str]:
@@ -114,7 +111,7 @@ class Inventory:
             name: i
             for i, candidate in enumerate(self.candidates)
             if candidate.kind != "parameter" and candidate.weight
-            for name in candidate.weight_names
+            for name in (candidate.weight_names if candidate.aliases else (candidate.weight,))
         }
 
     @cached_property

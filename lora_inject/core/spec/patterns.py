@@ -116,7 +116,7 @@ def at_the_end(pattern: str) -> str:
     body = pattern[flags.end() :] if flags else pattern
     # In verbose mode the line break ends a comment that would swallow the bracket.
     close = "\n)" if verbose else ")"
-    return rf"{flags[0] if flags else ''}(?s:.*\.)?(?:{body}{close}\Z"
+    return rf"{flags[0] if flags else ''}(?s:.*\.|)(?:{body}{close}\Z"
 
 
 # ------------------------------------------------------------------------------------------ layers

@@ -11,7 +11,7 @@ from lora_inject.core.spec.inventory import Candidate, Inventory, Mixture
 from lora_inject.core.spec.layouts import narrow_side
 from lora_inject.core.spec.names import canonical, counted, quoted, templates
 from lora_inject.core.spec.plan import Plan
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.sites import SiteSpec, forms
 
 
 def with_notes(plan: Plan, inventory: Inventory, candidates: Sequence[Candidate]) -> Plan:
@@ -35,14 +35,15 @@ def _on_words(config: Config, inventory: Inventory, sites: Sequence[SiteSpec]) -
 
 def _on_numbers(candidates: Sequence[Candidate], sites: Sequence[SiteSpec]) -> Iterator[str]:
     """Yield notes about the sites for the user, in sentences."""
-    wide = [site for site in sites if site.rank > narrow_side(site)]
-    if wide:
+    alike = forms(sites)
+    if any(map(_is_wide, alike)):
+        wide = list(filter(_is_wide, sites))
         yield (
             f"the rank is above the smaller side of {_several(wide)}; a rank of that side can "
             "express every update"
         )
-    above = [site for site in sites if site.n_parameters > math.prod(site.weight_shape)]
-    if full := [site for site in above if site.rank <= narrow_side(site)]:
+    if any(map(_is_full, alike)):
+        full = list(filter(_is_full, sites))
         yield f"A and B have more elements than W at {_several(full)}"
     pairs = zip(candidates, sites, strict=True)
     read = (c for c, site in pairs if site.update == "weight" and site.compute == "base")
@@ -51,6 +52,14 @@ def _on_numbers(candidates: Sequence[Candidate], sites: Sequence[SiteSpec]) -> I
             f"{counted(len(rounded), 'weight update')} over {rounded[0]}: W + delta is rounded on "
             "every read; compute: float32 keeps small deltas"
         )
+
+
+def _is_wide(site: SiteSpec) -> bool:
+    return site.rank > narrow_side(site)
+
+
+def _is_full(site: SiteSpec) -> bool:
+    return site.n_parameters > math.prod(site.weight_shape) and not _is_wide(site)
 
 
 def _on_ties(inventory: Inventory, plan: Plan) -> Iterator[str]:

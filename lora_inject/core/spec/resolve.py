@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
 from lora_inject.core.spec.config import (
     ALL_EXPERTS,
@@ -79,14 +78,14 @@ def resolve(config: Config, inventory: Inventory, *, to_show: bool = True) -> Pl
         kept_off.update(
             _named(pattern, f"exclude {i + 1} ('{pattern}')", inventory.names, inventory)
         )
-    taken: dict[str, _Taken] = {}
+    taken: dict[int, tuple[Candidate, SiteSpec]] = {}
     skipped: list[Skipped] = []
     for i in range(len(config.targets)):
         skipped += _take(i, config, inventory, kept_off, taken)
     # Rules are tried in turn, but sites are listed as the model has them.
-    ordered = sorted(taken.values(), key=attrgetter("order"))
-    sites = tuple(entry.spec for entry in ordered)
-    candidates = [entry.candidate for entry in ordered]
+    ordered = [taken[number] for number in sorted(taken)]
+    sites = tuple(spec for _, spec in ordered)
+    candidates = [candidate for candidate, _ in ordered]
     plan = Plan(
         config=config,
         sites=sites,
@@ -108,44 +107,36 @@ _ALIKE = attrgetter(
 )
 
 
-class _Taken(NamedTuple):
-    order: int
-    candidate: Candidate
-    spec: SiteSpec
-
-
 def _take(
     i: int,
     config: Config,
     inventory: Inventory,
     kept_off: Collection[str],
-    taken: dict[str, _Taken],
+    taken: dict[int, tuple[Candidate, SiteSpec]],
 ) -> list[Skipped]:
     """Let rule `i` take what it matches and nobody took before; raise if that is nothing.
 
-    `taken` is by the name of the weight: no tensor gets two sites. Returns what else it matches.
+    `taken` is by the candidate's number: no tensor gets two sites. Returns what else it matches.
     """
     rule, label = config.filled(config.targets[i]), config.label(i)
     names = _names(rule, label, config, inventory)
     n_before, left, skipped = len(taken), Counter[str](), list[Skipped]()
     made: dict[Hashable, SiteSpec] = {}
-    for order, candidate in _of_kind(rule.kind, names, inventory, label):
-        weight = canonical(candidate.weight)
+    for number, candidate in _of_kind(rule.kind, names, inventory, label):
         if kept_off and any(name in kept_off for name in candidate.all_names):
             left["exclude"] += 1
             skipped.append(Skipped(candidate.name, i, "excluded"))
-        elif (owner := taken.get(weight)) is not None:
-            left[f"rule {(owner.spec.rule or 0) + 1}"] += 1
+        elif number in taken:
+            left[f"rule {(taken[number][1].rule or 0) + 1}"] += 1
         else:
-            asked = f"'{candidate.name}', matched by {label}"
             if candidate.refusal is not None:
-                raise LayerError(asked, *candidate.refusal)
+                raise LayerError(f"'{candidate.name}', matched by {label}", *candidate.refusal)
             # With `only: FILE` each stack has its own.
             key = candidate if isinstance(rule.only, str) else _ALIKE(candidate)
             if key not in made:
-                made[key] = _site(candidate, rule, i, asked)
+                made[key] = _site(candidate, rule, i, f"'{candidate.name}', matched by {label}")
             spec = made[key].at(candidate.name, candidate.weight, candidate.aliases)
-            taken[weight] = _Taken(order, candidate, spec)
+            taken[number] = candidate, spec
     others = [] if rule.kind is not None else _others(names, inventory)
     if len(taken) == n_before:
         if left:
@@ -193,20 +184,21 @@ def linear_layers(inventory: Inventory) -> list[str]:
 
 def _candidates(names: Sequence[str], inventory: Inventory) -> Iterator[tuple[int, Candidate]]:
     """Yield the matched candidates, each once: modules, then weights that were matched alone."""
-    numbers: dict[int, None] = {}
+    sites, candidates, matched = inventory.sites, inventory.candidates, set[int]()
     for name in names:
-        if (number := inventory.sites.get(name)) is not None:
-            members = inventory.candidates[number].members
-            numbers |= {inventory.sites[member]: None for member in members} or {number: None}
-    for parameters in (False, True):
-        for number in sorted(numbers):
-            if (inventory.candidates[number].kind == "parameter") == parameters:
-                yield number, inventory.candidates[number]
+        if (number := sites.get(name)) is not None:
+            if members := candidates[number].members:
+                matched.update(sites[member] for member in members)
+            else:
+                matched.add(number)
+    pairs = [(number, candidates[number]) for number in sorted(matched)]
+    yield from (pair for pair in pairs if pair[1].kind != "parameter")
+    yield from (pair for pair in pairs if pair[1].kind == "parameter")
     for name in names:
-        number = None if name in inventory.sites else inventory.weights.get(name)
-        if number is not None and number not in numbers:
-            candidate = inventory.candidates[number]
-            yield number, candidate.as_parameter(canonical(candidate.weight))
+        number = None if name in sites else inventory.weights.get(name)
+        if number is not None and number not in matched:
+            candidate = candidates[number]
+            yield number, candidate.as_parameter(candidate.weight)
 
 
 def _of_kind(

@@ -154,7 +154,8 @@ class SiteSpec:
     # `(rank * parts, in)` and `(adapted out, rank)`, with a leading `experts` where there are any
     a_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
     b_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    # shape of each trainable tensor by its role: A, B and what the variant adds
+    # shape of each trainable tensor by its role: A, B and what the variant adds; sites that differ
+    # only in their names have one such object (`at`)
     shapes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
     n_parameters: int = field(init=False, repr=False, compare=False)  # elements of all of these
 
@@ -195,7 +196,7 @@ class SiteSpec:
         """
         made = object.__new__(SiteSpec)
         values = self.__dict__.copy()  # `update` with all of them takes twice as long
-        values |= {"name": name, "weight": weight, "aliases": aliases}
+        values["name"], values["weight"], values["aliases"] = name, weight, aliases
         object.__setattr__(made, "__dict__", values)
         return made
 
@@ -240,6 +241,17 @@ class SiteSpec:
                     rows, cols = (expert * n_out + start, expert * n_out + stop), (0, n_in)
                 blocks.append(Block(rows, cols, a, b))
         return tuple(blocks)
+
+
+def forms(sites: Iterable[SiteSpec]) -> list[SiteSpec]:
+    """Return sites that stand for all: of those that differ only in their names one.
+
+    Examples:
+        >>> q = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=2)
+        >>> len(forms([q, q.at("h.1.q", "h.1.q.weight")]))
+        1
+    """
+    return [*{id(site.shapes): site for site in sites}.values()]
 
 
 def fits_kernel(spec: SiteSpec, shape: tuple[int, ...]) -> bool:

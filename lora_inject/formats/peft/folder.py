@@ -33,7 +33,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import parse_json, parse_table
 from lora_inject.core.files.tensors import read_tensors, serialize
 from lora_inject.core.spec.names import parent
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.sites import SiteSpec, forms
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
 from lora_inject.formats.format import Files, part_of_folder
@@ -284,18 +284,19 @@ def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEF
 
     `client` is PEFT, or a program that uses its layers.
     """
-    kinds = {spec.name: spec.kind for spec in specs}
-    parameters = {name for name, kind in kinds.items() if kind == "parameter"}
-    if parameters and "conv1d" in kinds.values():
+    alike = forms(specs)
+    parameters = {spec.name for spec in specs if spec.kind == "parameter"}
+    if parameters and any(form.kind == "conv1d" for form in alike):
         raise FormatError("", "PEFT cannot adapt parameters together with Conv1D layers", _OTHER)
-    if len({(spec.variant, spec.lora_bias) for spec in specs}) > 1:
+    if len({(form.variant, form.lora_bias) for form in alike}) > 1:
         problem = "PEFT has one variant, with lora_bias or without, for all sites"
         raise FormatError("", f"{problem}, and these sites have several", _OTHER)
     known = {*(facts.tensor_names or ()), *parameters}
-    modules, unfit = kinds.keys() - parameters, facts.unfit
+    modules = {spec.name for spec in specs} - parameters if parameters else set[str]()
+    unfit, some_odd = facts.unfit, any(map(_odd, alike))
     for spec in specs:
         problem = ""
-        if reason := _inexpressible(spec, modules, known):
+        if reason := (some_odd and _odd(spec)) or _inexpressible(spec, modules, known):
             problem = f"PEFT cannot adapt {reason}"
         elif spec.experts and spec.in_features == spec.out_features and not facts.orientation_known:
             problem = "its matrices are square, and PEFT takes them for (out, in) on transformers 4"
@@ -307,10 +308,8 @@ def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEF
 
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
-    """What PEFT cannot adapt, where a site is such, or an empty text."""
+    """What PEFT cannot adapt, where a site with a place in the layout is such, or an empty text."""
     kind = spec.kind
-    if odd := _odd(spec):
-        return odd
     if not wrapped(spec):
         return "the root module or a parameter of it"
     if kind != "parameter" and spec.update != "weight":
