@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from lora_inject.core.functional.unstored import DEVICE, PICKED, unstored, writes
+from lora_inject.core.functional.unstored import DEVICE, PICKED, called, unstored, writes
 from lora_inject.errors import LayerError
 from lora_inject.experts.stack_formats import Mxfp4Stack, StackFormat, read_matrix
 
@@ -152,8 +152,7 @@ class PackedExperts(Tensor):
                 "their values are packed, and what is written would be lost",
                 "Load the base dequantized, outside packed_experts(), to change it",
             )
-        args, kwargs = tree_map_only(PackedExperts, PackedExperts.unpacked, (tuple(args), kwargs))
-        return func(*args, **kwargs)
+        return called(func, args, kwargs, PackedExperts, PackedExperts.unpacked)
 
 
 _COPIES = {

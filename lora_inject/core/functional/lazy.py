@@ -20,13 +20,12 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.plain_operations import differentiate
 from lora_inject.core.functional.torch_inside import is_watched
-from lora_inject.core.functional.unstored import DEVICE, PICKED, unstored, writes
+from lora_inject.core.functional.unstored import DEVICE, PICKED, called, unstored, writes
 from lora_inject.core.functional.weight import (
     LowRank,
     cast_stack,
@@ -258,8 +257,7 @@ class LazyWeight(Tensor):
         if func in _LOOKS:
             return func(args[0].formed(look=True), *args[1:], **kwargs)
         if func in _GET_IT_FORMED:
-            args, kwargs = tree_map_only(LazyWeight, LazyWeight.formed, (tuple(args), kwargs))
-            return func(*args, **kwargs)
+            return called(func, args, kwargs, LazyWeight, LazyWeight.formed)
         return _run_plainly(func, types, args, kwargs)
 
     @classmethod
@@ -278,8 +276,7 @@ class LazyWeight(Tensor):
         beneath = LazyWeight.beneath
         if str(kwargs.get("device")) == "meta":  # which asks for no value
             beneath = LazyWeight._without_values
-        args, kwargs = tree_map_only(LazyWeight, beneath, (tuple(args), kwargs))
-        return func(*args, **kwargs)
+        return called(func, args, kwargs, LazyWeight, beneath)
 
 
 def _refuse_change(func: object) -> NoReturn:

@@ -97,3 +97,25 @@ def writes(func: object, args: Sequence[object], kwargs: Mapping[str, object], c
         if alias is not None and alias.is_write and any(isinstance(t, cls) for t in each):
             return True
     return False
+
+
+def called(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    cls: type,
+    form: Callable[[Any], Tensor],
+) -> Any:
+    """Call an operation with each argument of a class in another form, alone or in a list.
+
+    torch's own walk over nested arguments took a third of a small convolution's time.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, cls):
+            return form(value)
+        if type(value) in (list, tuple):
+            return type(value)(map(plain, value))
+        return value
+
+    return func(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
