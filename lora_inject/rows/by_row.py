@@ -97,7 +97,9 @@ class Rows(Selected):
         taking = self.taking(layer)
         if not taking.entries:
             return layer._lora_mixed(_BASE, args, kwargs)
-        layer._lora_check_vain(t for entry in taking.entries for t in entry.tensors(layer).values())
+        if layer.training:
+            held = (entry.tensors(layer) for entry in taking.entries)
+            layer._lora_check_vain(t for tensors in held for t in tensors.values())
         if isinstance(layer, LoRALinear) and taking.bank is not None:
             return self.banked(layer, taking, taking.bank, args, kwargs)
         return self.apart(layer, args, kwargs)

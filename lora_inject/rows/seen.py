@@ -110,6 +110,8 @@ class Routed(Rows):
         # Whether the last call asked nothing, where each row is one position and where it is not:
         # what the next one gets is then not copied.
         self.quiet: set[bool] = set()
+        # The last input of each layer whose rows were seen, and how many positions it has, or 0.
+        self._seen: dict[Attached, tuple[Any, int]] = {}
 
     # ------------------------------------------------------------------------------ asked by layers
 
@@ -122,6 +124,16 @@ class Routed(Rows):
         each, rest = divmod(x.shape[0] if x.dim() else 0, len(self.rows))
         return x.shape[0] if each and not rest and self._are_positions(layer, each) else None
 
+    def rows_first(self, layer: Adapted, x: Tensor) -> int | None:
+        """Return the same; of an input like the last, in which rows were seen, at once."""
+        call, attached = _OPEN.get(), layer._lora
+        like, n_positions = self._seen.get(attached, (None, 0))
+        if call is None or attached.no_rows or like != (call.single, x.dtype, x.shape):
+            return super().rows_first(layer, x)
+        if n_positions:
+            call.positions.add(n_positions)
+        return x.shape[0]
+
     def sees_rows(self, layer: Adapted, x: Tensor) -> bool:
         """Note that a layer takes the first axis for the rows; return False if it never is."""
         attached, call = layer._lora, _OPEN.get()
@@ -133,12 +145,15 @@ class Routed(Rows):
         if call is None:  # the layer by itself
             return True
         whole = self._has_rows(x)
-        if whole and x.dim() > 2:
-            call.positions.add(x.shape[1:-1].numel())
+        n_positions = x.shape[1:-1].numel() if whole and x.dim() > 2 else 0
+        if n_positions:
+            call.positions.add(n_positions)
         in_one_axis = x.dim() < (3 if x.is_floating_point() else 2)
         form = (x.dim(), whole, call.single if in_one_axis else None)
         if form not in _FOLLOWED.get(attached, ()):
             call.guessed.add((attached, form))
+        elif whole:
+            self._seen[attached] = (call.single, x.dtype, x.shape), n_positions
         return True
 
     def _are_positions(self, layer: Adapted, n: int) -> bool:
