@@ -78,6 +78,11 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def as_matrix(t: Tensor) -> Tensor:
+    """Return a tensor `(..., width)` as `(n, width)`, a view where it can be one."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
 def no_view(out: Tensor, shape: torch.Size) -> Tensor:
     """Return a new tensor in another shape that autograd does not take for a view of it.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from lora_inject.core.functional.factors import (
     Spans,
     Update,
+    as_matrix,
     cast,
     compute_dtype,
     no_view,
@@ -190,7 +191,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients that are needed: of the frozen layer first, then of each update."""
     how, needs = ctx.how, ctx.needs_input_grad
     x, weight, bias, factors, kept = _saved(ctx)
-    g2, x2, dtype = _as_matrix(g), _as_matrix(x), compute_dtype(g.dtype, how.float32)
+    g2, x2, dtype = as_matrix(g), as_matrix(x), compute_dtype(g.dtype, how.float32)
     gx = gw = gb = None
     if needs[0]:
         gx = torch.mm(g2, cast(weight.t() if how.transposed else weight, g2.dtype))
@@ -242,11 +243,6 @@ def _differentiated(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     y = add_updates(y, x, how.updates(factors), float32=how.float32, masks=masks)
     inputs = (x, weight, bias, None, *factors)
     return differentiate(y, inputs, ctx.needs_input_grad, g)
-
-
-def _as_matrix(t: Tensor) -> Tensor:
-    """Return a tensor `(..., width)` as `(n, width)`, a view where it can be one."""
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_inject.core.functional.factors import (
     Spans,
     Update,
+    as_matrix,
     cast,
     compute_dtype,
     no_view,
@@ -95,8 +96,8 @@ def plus_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor
         return y + scale * F.linear(left, right.t()).to(y.dtype)
     if left.dtype != y.dtype:
         return torch.add(y, F.linear(left, right.t()), alpha=scale).to(y.dtype)
-    rows, thin = y.reshape(-1, y.shape[-1]), left.reshape(-1, left.shape[-1])
-    return torch.addmm(rows, thin, right, alpha=scale).reshape(y.shape)
+    total = torch.addmm(as_matrix(y), as_matrix(left), right, alpha=scale)
+    return total if y.dim() == 2 else total.reshape(y.shape)
 
 
 def spread(B: Tensor, spans: Spans | None, out: int) -> Tensor:
