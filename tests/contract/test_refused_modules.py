@@ -46,3 +46,22 @@ def test_what_is_pefts_own_in_a_model_that_it_has_wrapped_is_refused() -> None:
     x = torch.randn(3, 6, dtype=torch.float64)
     hidden = nn.functional.linear(x, weights[0], net[0].bias).relu()
     torch.testing.assert_close(model(x), nn.functional.linear(hidden, weights[1], net[2].bias))
+
+
+def test_a_scripted_part_of_a_model_stays_as_it_is_beside_adapters() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    model = nn.Sequential(nn.Linear(4, 4), scripted, nn.Linear(4, 4)).double().eval()
+    for part in ("1.0", "1.0.weight"):
+        with refused(li.LoraInjectError, "ScriptModule" if "weight" in part else part):
+            li.inject(model, config(part))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    li.inject(model, config("all-linear"))
+    assert list(li.adapters(model)["default"].sites) == ["0", "2"]
+    fill(model)
+    sites = li.adapter_state(model).sites
+    W, V = (
+        m.get_parameter("weight") + s.scale * s.B @ s.A
+        for m, s in zip(model[::2], sites.values(), strict=True)
+    )
+    hidden = scripted(nn.functional.linear(x, W, model[0].bias))
+    torch.testing.assert_close(model(x), nn.functional.linear(hidden, V, model[2].bias))

@@ -96,7 +96,9 @@ class _Listing:
             parameters=self.parameters,
             aliases=self.aliases,
             heads=tuple(survey.paths[id(head)] for head in survey.tables("get_output_embeddings")),
-            buffers=tuple(joined(n, key) for n, m in survey.modules for key in m._buffers),
+            buffers=tuple(
+                joined(n, key) for n, m in survey.modules for key, _ in m._buffers.items()
+            ),
         )
 
     # ---------------------------------------------------------------------------------- the model
@@ -231,6 +233,8 @@ class _Listing:
     def _why_not(self, module: nn.Module, key: str, parameter: Tensor | None) -> Refusal:
         """Return why a module or a parameter cannot carry an adapter, and what to do."""
         cls = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{cls} is a ScriptModule, whose class cannot change", "Inject before scripting"
         if (computed := _computed(module)) and key in computed:
             problem = (
                 f"the weight of {cls} is computed by a parametrization: W + delta has no tensor to "
