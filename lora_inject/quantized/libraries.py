@@ -270,8 +270,9 @@ class FineGrained(LayerKind):
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
         """Return whether the layer is one, and its weight in 8 bits."""
-        ours = derives_from(plain_class(type(module)), _FP8, "FP8Linear")
-        return ours and weight is not None and weight.element_size() == 1
+        if weight is None or weight.element_size() != 1:
+            return False
+        return derives_from(plain_class(type(module)), _FP8, "FP8Linear")
 
     def dense(self, module: nn.Module, weight: Tensor) -> Tensor:
         """Return codes times scales."""

@@ -52,7 +52,10 @@ class _Finder:
     def __init__(self, survey: Survey, candidates: Sequence[Candidate]) -> None:
         self.survey = survey
         self.inside: dict[str, list[Candidate]] = {}  # candidates by each module around them
+        self.stacks: dict[str, list[Candidate]] = {}  # stacks of matrices by the module they are of
         for candidate in candidates:
+            if candidate.experts is not None and candidate.kind == "parameter":
+                self.stacks.setdefault(candidate.owner, []).append(candidate)
             name = candidate.module
             while name:
                 self.inside.setdefault(name, []).append(candidate)
@@ -79,8 +82,9 @@ class _Finder:
         """Return the weights of a stack, or of a list of modules of one class."""
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             return self._members(name, module)
-        own = [c for c in self.inside.get(name, ()) if c.kind == "parameter" and c.owner == name]
-        stacks = [c for c in own if c.experts is not None and len(c.weight_shape) >= 3]
+        if name not in self.stacks:
+            return []
+        stacks = [c for c in self.stacks[name] if len(c.weight_shape) >= 3]
         packed = [c for c in stacks if c.dtype not in _FLOATS]  # beside which scales lie
         return packed or [c for c in stacks if len(c.weight_shape) == 3]
 

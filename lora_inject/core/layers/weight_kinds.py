@@ -174,7 +174,8 @@ def defines_forward(cls: type) -> tuple[str, str]:
 
 def derives_from(cls: type, module: str, name: str) -> bool:
     """Return whether a class is one of another library, or derives from it."""
-    return any((c.__module__, c.__qualname__) == (module, name) for c in cls.__mro__)
+    named = (c for c in cls.__mro__ if c.__qualname__ == name)  # by one string: asked of each layer
+    return any(c.__module__ == module for c in named)
 
 
 UNKNOWN = WeightKind()
