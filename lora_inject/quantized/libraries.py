@@ -270,7 +270,7 @@ class FineGrained(LayerKind):
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
         """Return whether the layer is one, and its weight in 8 bits."""
-        if weight is None or weight.element_size() != 1:
+        if weight is None or weight.dtype.itemsize != 1:
             return False
         return derives_from(plain_class(type(module)), _FP8, "FP8Linear")
 
