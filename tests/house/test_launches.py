@@ -119,19 +119,27 @@ def test_routed_rows_need_no_sync_and_no_cpu_tensor(kind: str, options: dict[str
 
 
 @pytest.mark.parametrize(
-    ("ranks", "base", "most"),
-    [((4, 4, 4), [None], 9), ((8, 1, 3, 3), [None], 9), ((4, 4, 4), [], 7), ((4,) * 9, [], 7)],
+    ("ranks", "base", "times", "most"),
+    [
+        ((4, 4, 4), [], 3, 5),
+        ((4,) * 9, [], 3, 5),
+        ((4, 4, 4), [None], 3, 7),
+        ((8, 1, 3, 3), [None], 3, 9),
+        ((4, 4, 4), [], 30, 7),
+        ((4, 4, 4), [None], 30, 9),
+    ],
     ids=str,
 )
-def test_launches_of_a_routed_layer_depend_on_no_number_and_no_rank(
-    ranks: Sequence[int], base: list[None], most: int
+def test_launches_of_a_routed_layer_depend_on_no_number_of_adapters(
+    ranks: Sequence[int], base: list[None], times: int, most: int
 ) -> None:
+    """A few rows of one rank are put together one by one; else each row picks from a stack."""
     model = nn.Sequential(nn.Linear(16, 24)).eval()
     names = [f"a{i}" for i in range(len(ranks))]
     for name, rank in zip(names, ranks, strict=True):
         li.inject(model, {"rank": rank, "alpha": 2 * rank, "targets": ["0"]}, name)
     model.to("meta")
-    rows = [*base, *names * 3]
+    rows = [*base, *names * times]
     x = torch.empty(len(rows), 1, 16, device="meta")
     with torch.inference_mode(), li.routed(model, rows):
         model(x)
