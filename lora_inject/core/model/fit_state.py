@@ -53,7 +53,7 @@ def fit(
         state = only(state, set(given) - gone.keys())
     for library in loaded_libraries():
         state = library.in_names_of(survey.model, state, survey.weights)
-    if any(site.spec.aliases for site in state.sites.values()):
+    if any(site.spec.aliases or site.spec.kind == "parameter" for site in state.sites.values()):
         state = replace(state, sites=as_held_here(state.sites, names))
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
     trained, rows = _fit_trained(state, survey, names.buffers, asked)
@@ -121,18 +121,35 @@ _ITS_MODEL = "Load the adapter onto the model that it was made for"
 def as_held_here(sites: Mapping[str, SiteState], names: Inventory) -> dict[str, SiteState]:
     """Return sites as a model holds their layers.
 
-    Layers that were one layer where the adapter was made, and are not here, get one each, by the
-    names under which they are several.
+    1. A stack that holds one matrix is a stack, where the file does not tell.
+    2. Layers that were one layer where the adapter was made, and are not here, get one each.
     """
-    held = dict(sites)
+    held = {key: _stack_of_one(site, names) for key, site in sites.items()}
+    return held | _under_further_names(held, names)
+
+
+def _stack_of_one(site: SiteState, names: Inventory) -> SiteState:
+    spec, candidate = site.spec, names.of_site(site.spec.name, site.spec.kind)
+    if spec.kind != "parameter" or spec.experts is not None:
+        return site
+    if candidate is None or candidate.experts != 1:
+        return site
+    shape = (1, *spec.weight_shape[:: -1 if candidate.transposed else 1])
+    spec = replace(spec, experts=1, weight_shape=shape, transposed=candidate.transposed)
+    return SiteState.of(spec, {role: tensor[None] for role, tensor in site.tensors.items()})
+
+
+def _under_further_names(sites: Mapping[str, SiteState], names: Inventory) -> dict[str, SiteState]:
+    """Return the sites of layers that were one layer, by the names under which they are several."""
+    sites_of_aliases = {}
     for site in sites.values():
         spec, own = site.spec, names.of_site(site.spec.name, site.spec.kind)
         for alias in spec.aliases:
             there = renamed(spec, alias)
             other = names.of_site(there.name, there.kind)
             if alias not in sites and other and own and other.weight != own.weight:
-                held[alias] = site.at(there)
-    return held
+                sites_of_aliases[alias] = site.at(there)
+    return sites_of_aliases
 
 
 def _parameter_fits(spec: SiteSpec, candidate: Candidate) -> bool:
