@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor
+
+_SMALL = 1 << 12  # elements of a tensor whose norm costs more to call than to compute
 
 
 @torch.no_grad()
@@ -15,8 +20,22 @@ def all_finite(*tensors: Tensor) -> bool:
         (True, False)
     """
     held = [t.float() if t.element_size() == 1 else t for t in tensors if not t.is_meta]
-    norm = torch.nn.utils.get_total_norm([t for t in held if t.is_floating_point()])
+    norm = torch.nn.utils.get_total_norm(_joined([t for t in held if t.is_floating_point()]))
     return bool(torch.isfinite(norm)) or all(bool(torch.isfinite(t).all()) for t in held)
+
+
+def _joined(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of the same values, in which small ones of one form are one.
+
+    That takes less than half as long for an adapter of thousands of small sites.
+    """
+    joined, alike = [], defaultdict[Hashable, list[Tensor]](list)
+    for t in tensors:
+        if t.dim() > 0 and t.numel() < _SMALL:
+            alike[t.shape[1:], t.dtype, t.device].append(t)
+        else:
+            joined.append(t)
+    return [*joined, *map(torch.cat, alike.values())]
 
 
 @torch.no_grad()
