@@ -317,16 +317,22 @@ OLD: dict[str, tuple[Callable[[Any], Any], str, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("how", OLD)
 @pytest.mark.parametrize("is_merged", [False, True], ids=["active", "merged"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-def test_what_takes_a_parameter_from_its_layer_is_refused(how: str, is_merged: bool) -> None:
-    """Else the adapter was left in what had been computed with it."""
+def test_what_takes_a_parameter_from_its_layer_is_refused_before_it_does(
+    how: str, is_merged: bool
+) -> None:
+    """W was gone then, or the adapter was left in what had been computed with it."""
     before, site, act = OLD[how]
     model = nn.Sequential(nn.Linear(D, D)).double().eval()
     before(model[0])
     fill(li.inject(model, {"rank": 2, "targets": [site]}))
+    x = torch.eye(D, dtype=torch.float64)
+    expected = model(x)
     if is_merged:
         li.merge(model)
-    with refused(li.LayerError, "merge"):
+    with refused(li.LayerError, site, "merge(model", model=model):
         act(model[0])
+    torch.testing.assert_close(model(x), expected)
+    act(li.eject(model)[0])
 
 
 @pytest.mark.parametrize("kind", ["convolution", "forward update"])

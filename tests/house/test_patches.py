@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import checkpoint as torchs
 
 import lora_inject as li
@@ -14,6 +17,10 @@ PLACES = (
     (nn.Module, "get_parameter"),
     (torchs._CheckpointFrame, "__init__"),
     (torchs.CheckpointFunction, "apply"),
+    (WeightNorm, "apply"),
+    (WeightNorm, "remove"),
+    (SpectralNorm, "remove"),
+    (BasePruningMethod, "remove"),
 )
 
 

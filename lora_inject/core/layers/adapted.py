@@ -23,6 +23,9 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_inject.core.functional.lazy import LazyWeight
 from lora_inject.core.functional.patches import patch
@@ -171,11 +174,13 @@ class Adapted(Carrier):
         there, attached = self._parameters.get(name), self._lora
         assigned = OWN.replaces and OWN.keeps is attached
         is_same = param is there or hasattr(param, "full_tensor") or assigned
-        if there is not None and not is_same and self._lora_carries(name):
+        # What prune registers, under another name; merged, a read gives the parameter itself.
+        if isinstance(param, LazyWeight) or any(
+            param is self._parameters.get(each.param) and each.param != name
+            for each in attached.entries()
+        ):
             check_replaced(self, name)
-        # Pruning registers what it has read. Others have taken a parameter out of the table itself.
-        held = {*self._parameters, *self._buffers, *self.__dict__}
-        if isinstance(param, LazyWeight) or any(e.param not in held for e in attached.entries()):
+        if there is not None and not is_same and self._lora_carries(name):
             check_replaced(self, name)
         super().register_parameter(name, param)
 
@@ -268,6 +273,30 @@ def _itself(get: Callable[..., nn.Parameter]) -> Callable[..., nn.Parameter]:
 
 patch(nn.Module, "get_parameter", _itself)
 
+
+def _refusing(take: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of torch that takes a parameter out of a layer's table by itself.
+
+    So of all that makes a weight computed, or plain again, only it asks nothing of the layer.
+    """
+
+    @functools.wraps(take)
+    def refusing(*args: Any) -> Any:
+        layer, by = args[:2] if isinstance(args[0], nn.Module) else args[1::-1]
+        if isinstance(layer, Adapted):
+            name = by if isinstance(by, str) else getattr(by, "name", None) or by._tensor_name
+            parts = {name, f"{name}_orig", f"{name}_v", f"{name}_g"}
+            for entry in layer._lora.entries():
+                if entry.param in parts:
+                    check_replaced(layer, entry.param)
+        return take(*args)
+
+    return refusing
+
+
+patch(WeightNorm, "apply", _refusing)
+for _owner in (WeightNorm, SpectralNorm, BasePruningMethod):
+    patch(_owner, "remove", _refusing)
 
 # ------------------------------------------------------------------------------- making the class
 
