@@ -175,11 +175,11 @@ class _Listing:
         aliases = self._further(module) if self.survey.further else ()
         tied = self._tied(full, weight) if self.survey.tied else ()
         update = "forward" if adds else "weight"
-        dtype_ = "" if dtype is None else dtype_name(dtype)
+        said = "" if dtype is None else dtype_name(dtype)
         # From a tuple, as there are thousands: by keywords it takes three times as long.
-        shapes = name, row.kind, n_in, n_out, stated, full, transposed, experts
-        further = "", aliases, tied, refusal, False, update, dtype_, (), None
-        self.candidates.append(Candidate._make(shapes + further))
+        layout = name, row.kind, n_in, n_out, stated, full, transposed, experts
+        rest = "", aliases, tied, refusal, False, update, said, (), None  # from `owner` on
+        self.candidates.append(Candidate._make(layout + rest))
 
     def _parameter(
         self, full: str, module: nn.Module, key: str, parameter: nn.Parameter, shape: Shape

@@ -308,7 +308,7 @@ def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEF
 
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
-    """What PEFT cannot adapt, where a site with a place in the layout is such, or an empty text."""
+    """Return what PEFT cannot adapt if a site is such, or ""; `_odd` was asked before."""
     kind = spec.kind
     if not wrapped(spec):
         return "the root module or a parameter of it"
