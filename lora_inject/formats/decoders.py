@@ -1,4 +1,4 @@
-"""Llama-like decoders under other programs' names: llama.cpp's GGUF, torchtune's and litgpt's.
+"""Llama-like decoders under other programs' names: llama.cpp's GGUF and torchtune's.
 
 Llama's rotary embedding rotates pairs of values. Transformers stores the first values of all pairs
 of a head, then the second ones; Meta's code, and programs that follow it, store each pair side by
@@ -14,61 +14,47 @@ config, with one rank and one alpha. A folder that also has `adapter_model.safet
 writes for models of transformers, is PEFT's.
 Source: torchtune 0.6.1, models/convert_weights.py (`tune_to_peft_adapter_weights`, `_FROM_HF`),
 training/checkpointing/_checkpointer.py, modules/peft/_utils.py.
-
-litgpt's `finetune lora` writes the folder of `lit_model.pth.lora` and `hyperparameters.yaml`. It
-has q, k and v as one layer with the A and the B of the adapted ones stacked, as in a site with
-slices. All sites have one rank and one alpha. A module is adapted in all layers or none, and so are
-the matrices of an MLP together. `litgpt merge_lora` needs the files of the base's folder
-(model_config.yaml, tokenizer) in the same folder.
-Source: litgpt 0.5.13, lora.py (`LoRAQKVLinear`), scripts/merge_lora.py,
-scripts/convert_hf_checkpoint.py.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.strict_json import is_positive, parse_table
-from lora_inject.core.spec.names import leaf
+from lora_inject.core.files.strict_json import parse_table
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.format import Files, part_of_folder
-from lora_inject.formats.model_facts import Heads, ModelFacts
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import matrices, plain_site, plain_sites
-from lora_inject.formats.pickles import pickled, read_pickle
+from lora_inject.formats.pickles import read_pickle
 
-_PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}
-_QKV = "|".join(_PARTS.values())  # litgpt's three of a layer; no module has this name
 _OUTSIDE = ("model.embed_tokens", "lm_head")
 # Transformers' name of a module, in its layer or outside of layers; llama.cpp's for most models,
-# and for those that fuse projections; torchtune's; litgpt's.
+# and for those that fuse projections; torchtune's.
 # fmt: off
 _NAMES = {
-    "model.embed_tokens":   ("token_embd",  "token_embd",  None,               None),
-    "lm_head":              ("output",      "output",      "output",           "lm_head"),
-    "self_attn.q_proj":     ("attn_q",      None,          "attn.q_proj",      None),
-    "self_attn.k_proj":     ("attn_k",      None,          "attn.k_proj",      None),
-    "self_attn.v_proj":     ("attn_v",      None,          "attn.v_proj",      None),
-    "self_attn.qkv_proj":   (None,          "attn_qkv",    None,               None),
-    f"self_attn.{_QKV}":    (None,          None,          None,               "attn.qkv"),
-    "self_attn.o_proj":     ("attn_output", "attn_output", "attn.output_proj", "attn.proj"),
-    "mlp.gate_up_proj":     (None,          "ffn_up",      None,               None),
-    "mlp.gate_proj":        ("ffn_gate",    None,          "mlp.w1",           "mlp.fc_1"),
-    "mlp.up_proj":          ("ffn_up",      None,          "mlp.w3",           "mlp.fc_2"),
-    "mlp.down_proj":        ("ffn_down",    "ffn_down",    "mlp.w2",           "mlp.proj"),
+    "model.embed_tokens":   ("token_embd",  "token_embd",  None),
+    "lm_head":              ("output",      "output",      "output"),
+    "self_attn.q_proj":     ("attn_q",      None,          "attn.q_proj"),
+    "self_attn.k_proj":     ("attn_k",      None,          "attn.k_proj"),
+    "self_attn.v_proj":     ("attn_v",      None,          "attn.v_proj"),
+    "self_attn.qkv_proj":   (None,          "attn_qkv",    None),
+    "self_attn.o_proj":     ("attn_output", "attn_output", "attn.output_proj"),
+    "mlp.gate_up_proj":     (None,          "ffn_up",      None),
+    "mlp.gate_proj":        ("ffn_gate",    None,          "mlp.w1"),
+    "mlp.up_proj":          ("ffn_up",      None,          "mlp.w3"),
+    "mlp.down_proj":        ("ffn_down",    "ffn_down",    "mlp.w2"),
 }
 # fmt: on
 _LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
-_MERGE = "Merge the adapter into its base instead (lora-inject merge)"
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 """A and B by transformers' name of their module."""
 
@@ -323,135 +309,3 @@ def read_torchtune(
     decoder, remedy = _TORCHTUNE._replace(in_pairs=IN_PAIRS[kind]), "DoRA and modules of several "
     pairs = decoder.read(tensors, facts, f"{remedy}parts are not read")
     return AdapterState({n: plain_site(n, a, b, alpha) for n, (a, b) in pairs.items()})
-
-
-# litgpt ------------------------------------------------------------------------------------------
-
-_FILE, _SAID = "lit_model.pth.lora", "hyperparameters.yaml"
-_LITGPT = Decoder(3, "transformer.h.{}.", (".lora_A", ".lora_B"))
-MODEL_TYPES = ("llama", "mistral", "gemma", "gemma2")
-"""Models whose MLP and attention litgpt converts so."""
-
-
-def is_of_litgpt(files: Files) -> bool:
-    """Whether a path is such a folder, or its pickle, which is known by its name."""
-    return files.has(_FILE) or files.path.name == _FILE
-
-
-def write_litgpt(
-    state: AdapterState, _path: Path, facts: ModelFacts, *, dtype: str | None = None
-) -> dict[str, bytes]:
-    """Write an adapter of linear layers as litgpt's `finetune lora` does.
-
-    The base's config gives its model_type and heads; `base_model` is litgpt's folder of the base.
-    """
-    kinds = ("linear",)
-    sites = plain_sites(state, "litgpt", kinds, dtype=dtype, one_rank=True, alpha="one")
-    sizes = _base(facts)
-    _check_whole(sites, sizes.n_layers)
-    pairs = _fused({n: (s.A, s.B) for n, s in sites.items()}, sizes)
-    first, ends = next(iter(sites.values())), {leaf(name) for name in sites}
-    said = {
-        "checkpoint_dir": facts.base_model or "",
-        "lora_r": first.spec.rank,
-        "lora_alpha": first.scale * first.spec.rank,
-        "lora_dropout": 0.0,
-        **{flag: end in ends for flag, end in _PARTS.items()},
-        "lora_projection": "o_proj" in ends,
-        "lora_mlp": "down_proj" in ends,
-        "lora_head": "lm_head" in ends,
-    }
-    text = yaml.safe_dump(said, sort_keys=False)  # as `merge_lora` reads it
-    return {_FILE: pickled(_LITGPT.stored(pairs, facts), "model"), _SAID: text.encode()}
-
-
-def _check_whole(names: Collection[str], n_layers: int) -> None:
-    """Refuse an adapter of a module in some layers, or of a part of an MLP."""
-    parts = {part_of(name) for name in names if _LAYER.fullmatch(name)}
-    due = [f"model.layers.{i}.{part}" for i in range(n_layers) for part in sorted(parts)]
-    mlp = {part for part in parts if part.startswith("mlp.")}
-    if missing := [name for name in due if name not in names]:
-        problem = f"litgpt adapts a module in all layers, and {one_line(missing)} have no update"
-        raise FormatError("", problem, _MERGE)
-    if len(mlp) in (1, 2):
-        problem = "litgpt adapts gate, up and down of an MLP together, and there is "
-        raise FormatError("", problem + one_line(mlp), _MERGE)
-
-
-def _fused(pairs: Pairs, sizes: Heads) -> Pairs:
-    """Stack q, k and v of each layer, in this order."""
-    fused = dict(pairs)
-    several: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for end in _PARTS.values():
-        for name, (_, b) in pairs.items():
-            if name.endswith(f"self_attn.{end}"):
-                if len(b) != _width(end, sizes):
-                    what = f"B has {len(b)} rows, and the base's {end} {_width(end, sizes)}"
-                    remedy = "Name the base that the adapter was made for"
-                    raise FormatError(f"site '{name}'", what, remedy)
-                several.setdefault(name.removesuffix(end) + _QKV, []).append(fused.pop(name))
-    for name, parts in several.items():
-        A, B = zip(*parts, strict=True)
-        fused[name] = torch.cat(A), torch.cat(B)
-    return fused
-
-
-def _width(end: str, sizes: Heads) -> int:
-    return (sizes.n_heads if end == "q_proj" else sizes.n_kv_heads) * sizes.head_dim
-
-
-def read_litgpt(path: Path, facts: ModelFacts, *, allow_pickle: bool = False) -> AdapterState:
-    """Read an adapter of litgpt, under transformers' names.
-
-    The base's config, in transformers' form, gives its heads. `allow_pickle` is as in
-    `pickles.read_pickle`.
-    """
-    said = _hyperparameters(path)
-    tensors = read_pickle(path / _FILE, allow=allow_pickle, inside="model")
-    sizes = _base(facts)
-    sites = {}
-    for fused, pair in _LITGPT.read(tensors, facts, "Give a LoRA of litgpt").items():
-        for name, a, b in _split(fused, *pair, said, sizes):
-            sites[name] = plain_site(name, a, b, said["lora_alpha"])
-            if len(a) != said["lora_r"]:
-                problem = f"its rank is {len(a)}, {_SAID} says {said['lora_r']}"
-                raise FormatError(f"site '{name}'", problem, "The two do not belong together")
-    return AdapterState(sites)
-
-
-def _split(
-    name: str, a: Tensor, b: Tensor, said: Mapping[str, Any], sizes: Heads
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield the pairs of q, k and v in their fused layer; those of another as they are."""
-    if not name.endswith(_QKV):
-        yield name, a, b
-        return
-    adapted = [end for flag, end in _PARTS.items() if said.get(flag)]
-    widths = [_width(end, sizes) for end in adapted]
-    if not adapted or len(a) != len(adapted) * b.shape[1] or sum(widths) != len(b):
-        problem = f"A has {len(a)} rows and B {len(b)}, which are not those of {adapted}"
-        remedy = f"Restore {_SAID}, or name the adapter's own base"
-        raise FormatError(f"'{name[:200]}'", problem, remedy)
-    pieces = zip(adapted, a.chunk(len(adapted)), torch.split(b, widths), strict=True)
-    for end, one_a, one_b in pieces:
-        yield name.removesuffix(_QKV) + end, one_a.clone(), one_b.clone()
-
-
-def _hyperparameters(path: Path) -> Mapping[str, Any]:
-    """Return the contents of `hyperparameters.yaml`, as plain data."""
-    file = part_of_folder(path, _SAID, "It holds the rank and the alpha; give a folder with it")
-    try:
-        said: Any = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = f"it is not valid YAML ({error})"[:300]
-        raise FormatError(_SAID, problem, "Fetch it again") from error
-    fields: dict[str, Any] = said if isinstance(said, dict) else {}
-    for field in ("lora_r", "lora_alpha"):
-        if not is_positive(number := fields.get(field)):
-            raise FormatError(_SAID, f"{field} is {str(number)[:40]!r}", "Correct the file")
-    return fields
-
-
-def _base(facts: ModelFacts) -> Heads:
-    facts.model_type(MODEL_TYPES, "how wide q, k and v are")
-    return facts.heads("")

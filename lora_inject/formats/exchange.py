@@ -46,9 +46,8 @@ FORMATS: dict[str, Format] = {
     "native": Format(native.write, native.read, _is_native, endings=SAFE, takes_facts=False),
     # The folder of mlx-lm, which also has an adapter_config.json.
     "mlx": Format(mlx.write, mlx.read, mlx.detects, deltas_only=True),
-    # Folders of torchtune and of litgpt, which hold pickles.
+    # A folder of torchtune, which holds a pickle.
     "torchtune": Format(None, decoders.read_torchtune, decoders.is_of_torchtune),
-    "litgpt": Format(decoders.write_litgpt, decoders.read_litgpt, decoders.is_of_litgpt, True),
     # A directory of Hugging Face PEFT.
     "peft": Format(folder.write, folder.read, folder.detects, by_peft=True),
     # The same with one rank and scale 1, for servers that read little of the config; with a pair
@@ -79,6 +78,14 @@ FORMATS: dict[str, Format] = {
     ),
 }
 """Name to row; detection asks in this order."""
+
+NOT_READ = {
+    "lit_model.pth.lora": (
+        "it is an adapter of litgpt, whose files are not read",
+        "Merge it with `litgpt merge_lora`, and convert that with `litgpt convert_from_litgpt`",
+    ),
+}
+"""By a file of another program: what the adapter is, and what to do with it instead."""
 
 TO_WRITE = tuple(name for name, row in FORMATS.items() if row.write)
 """The formats that are written, too."""
@@ -274,11 +281,14 @@ def detected(path: Path) -> str:
         for name in FORMATS if path.exists() else ():
             if FORMATS[name].detects(files):
                 return name
-    raise FormatError(asked, *_why_none(path))
+    raise FormatError(asked, *_why_none(path, files))
 
 
-def _why_none(path: Path) -> tuple[str, str]:
+def _why_none(path: Path, files: Files) -> tuple[str, str]:
     """Return what a path is instead, and what to give."""
+    for file, why in NOT_READ.items():
+        if files.has(file) or (path.name == file and path.is_file()):
+            return why
     if not path.exists():
         beside = sorted(path.parent.glob(f"{glob.escape(path.name)}.*")) if path.name else []
         remedy = f"Give '{beside[0]}'" if len(beside) == 1 else "Check the path"

@@ -16,7 +16,6 @@ _BESIDE = {
     "adapter_model.bin": "adapter_config.json",
     "adapter_model.pt": "adapter_config.json",
     "adapters.safetensors": "adapter_config.json",
-    "lit_model.pth.lora": "hyperparameters.yaml",
 }
 """Files of adapters that are folders, and the file beside each."""
 

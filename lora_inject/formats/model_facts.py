@@ -17,7 +17,6 @@ _NO_CONFIG = f"{CONVERT} (in Python, pass config=, what its config.json holds)"
 class Heads(NamedTuple):
     """Sizes of a decoder: q has the rows of `n_heads` heads, k and v of `n_kv_heads`."""
 
-    n_layers: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
@@ -42,8 +41,7 @@ class ModelFacts:
         expert_names: Last parts of names that PEFT takes for experts in this model; linear layers
             called so are written as `target_parameters`, with the same tensors.
         config: The contents of its config.json: kind, heads, ties.
-        base_model: Its name or path, for the config and the model card; for litgpt its folder
-            (`checkpoint_dir`).
+        base_model: Its name or path, for the config and the model card.
         task_type: PEFT's task type, such as `CAUSAL_LM`.
         idle: For the card: sites and trained tensors of the adapter that no forward had used.
         notes: For the card: what a reader should know of the choice of sites, in sentences.
@@ -91,7 +89,7 @@ class ModelFacts:
         return kind
 
     def heads(self, why: str) -> Heads:
-        """Return the sizes that permutations and fused projections depend on."""
+        """Return the sizes that permutations depend on."""
         config = self.text_config(why)
 
         def size(field: str) -> int:
@@ -101,13 +99,11 @@ class ModelFacts:
                 raise FormatError("", problem, _NO_CONFIG)
             return value
 
-        n_heads, n_layers = size("num_attention_heads"), size("num_hidden_layers")
+        n_heads = size("num_attention_heads")
         grouped = config.get("num_key_value_heads") is not None
         given = config.get("head_dim") is not None
         head_dim = size("head_dim") if given else size("hidden_size") // n_heads
-        return Heads(
-            n_layers, n_heads, size("num_key_value_heads") if grouped else n_heads, head_dim
-        )
+        return Heads(n_heads, size("num_key_value_heads") if grouped else n_heads, head_dim)
 
     def refuse_tied(self, name: str, client: str) -> None:
         """Refuse a site on an embedding or a head that the client holds as one tensor.

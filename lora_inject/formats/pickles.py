@@ -20,10 +20,10 @@ DAMAGE = (
 """What torch.load raises of damaged files."""
 
 
-def read_pickle(path: Path, *, allow: bool, inside: str | None = None) -> dict[str, Tensor]:
+def read_pickle(path: Path, *, allow: bool) -> dict[str, Tensor]:
     """Return a pickled table of tensors by name, by torch.load(weights_only=True).
 
-    `allow` says whether pickles may be read, `inside` is a key that may hold the table.
+    `allow` says whether pickles may be read.
     """
     if not path.is_file():
         raise FormatError("", f"there is no file '{path.name}'", "Check the path")
@@ -35,8 +35,6 @@ def read_pickle(path: Path, *, allow: bool, inside: str | None = None) -> dict[s
     except DAMAGE as error:
         problem = f"it cannot be loaded ({error})"[:500]
         raise FormatError("", problem, "It is incomplete or was edited; fetch it again") from error
-    if inside is not None and isinstance(loaded, dict):
-        loaded = loaded.get(inside, loaded)
     if not _is_table(loaded):
         raise FormatError("", "it is not a table of tensors by name", "Save a state dict")
     return {key: tensor.detach() for key, tensor in loaded.items()}
@@ -49,9 +47,8 @@ def _is_table(loaded: object) -> bool:
     return all(isinstance(k, str) and isinstance(t, Tensor) for k, t in loaded.items())
 
 
-def pickled(tensors: Mapping[str, Tensor], inside: str | None = None) -> bytes:
-    """Return the bytes of a pickled state dict, under a key where one is given."""
+def pickled(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the bytes of a pickled state dict."""
     buffer = BytesIO()
-    table = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    torch.save(table if inside is None else {inside: table}, buffer)
+    torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, buffer)
     return buffer.getvalue()

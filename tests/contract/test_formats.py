@@ -69,13 +69,10 @@ class Case:
     odd: tuple[str, ...] = ("embedding", "conv", "fused")
     derived: bool = True
     uniform: bool = False  # one rank, one alpha
-    whole: bool = False  # each module in all layers, an MLP as a whole
     tensors: str = ""  # the file of tensors, inside a folder
     config: tuple[str, str] | None = None  # the file beside it, and what only that one says
 
 
-PICKLED: dict[str, Any] = {"write": {"config": LLAMA}, "odd": (), "whole": True}
-PICKLED["read"] = {"config": LLAMA, "allow_pickle": True}
 FOLDER = Case(tensors="adapter_model.safetensors", config=("adapter_config.json", "alpha"))
 CASES = {
     **dict.fromkeys(("peft", "portable", "vllm", "sglang"), FOLDER),
@@ -87,12 +84,9 @@ CASES = {
         config=("adapter_config.json", "scale"),
     ),
     "gguf": Case("a.gguf", {"config": LLAMA}, {"config": LLAMA}, odd=("embedding",)),
-    "litgpt": Case(
-        **PICKLED, tensors="lit_model.pth.lora", config=("hyperparameters.yaml", "alpha")
-    ),
     "loralib": Case("a.safetensors", read={"alpha": 3.0}, odd=(), derived=False, uniform=True),
 }  # fmt: skip
-FOLDERS = ("peft", "mlx", "litgpt")
+FOLDERS = ("peft", "mlx")
 
 
 def test_every_format_has_a_row(run: Any) -> None:
@@ -128,10 +122,6 @@ def rows_of(draw: st.DrawFn, case: Case) -> list[Site]:
     })  # fmt: skip
     same = {"rank": 2, "alpha": 3.0} if case.uniform else None
     names = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=5, unique=True))
-    if case.whole:
-        chosen = {name.split(".", 3)[-1] for name in names}
-        chosen |= {name for name in LINEARS if "mlp" in name and any("mlp" in c for c in chosen)}
-        names = [name for name in MODULES if name.split(".", 3)[-1] in chosen]
     rows = [of_llama(name, **(same or draw(numbers))) for name in names]
     odd = draw(st.sets(st.sampled_from(case.odd))) if case.odd else ()
     rows += [ODD[kind].by(**(same or draw(numbers))) for kind in sorted(odd)]
@@ -340,22 +330,17 @@ def test_damaged_bytes_are_an_error_that_names_the_file_or_harmless(name, tmp_pa
 
 
 def load(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return load_file(file)
     if file.suffix == ".gguf":
         return {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(file).tensors}
-    tensors = torch.load(file, weights_only=True)
-    return dict(tensors.get("model", tensors))
+    return load_file(file)
 
 
 def store(file: Path, tensors: dict[str, Tensor]) -> None:
-    if file.suffix == ".safetensors":
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(contiguous, file, metadata(file))
-    elif file.suffix == ".gguf":
+    if file.suffix == ".gguf":
         store_gguf(file, tensors)
-    else:
-        torch.save({"model": tensors} if file.suffix == ".lora" else tensors, file)
+        return
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(contiguous, file, metadata(file))
 
 
 def store_gguf(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -417,11 +402,22 @@ def test_one_file_of_a_folder_is_the_folder_if_it_is_there(name: str, tmp_path: 
     file = tensors_file(name, written(name, tmp_path))
     config, _ = CASES[name].config
     lone = [shutil.copy(file, tmp_path / file.name)]
-    if file.suffix == ".safetensors":  # known by its keys, whatever its name
-        lone.append(shutil.copy(file, tmp_path / "sql.safetensors"))
+    lone.append(shutil.copy(file, tmp_path / "sql.safetensors"))  # known by its keys
     assert read(name, file) == read(name, file.parent)
     for path in lone:
         with refused(li.FormatError, config):
+            li.read_adapter(path)
+
+
+NOT_READ = {"lit_model.pth.lora": "litgpt convert_from_litgpt"}
+
+
+@pytest.mark.parametrize("file", NOT_READ)
+def test_files_that_are_not_read_are_told_what_to_do_instead(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).touch()
+    (tmp_path / "config.json").touch()  # such a folder has the base's beside it
+    for path in (tmp_path, tmp_path / file):
+        with refused(li.FormatError, str(path), NOT_READ[file]):
             li.read_adapter(path)
 
 

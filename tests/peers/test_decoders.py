@@ -1,4 +1,4 @@
-"""mlx-lm's, torchtune's, litgpt's and llama.cpp's files of decoders.
+"""mlx-lm's, torchtune's and llama.cpp's files of decoders.
 
 They are held to what mlx-lm computes, and to the formulas of the other programs' own layers.
 """
@@ -10,8 +10,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import yaml
-from helpers.merging import load_checkpoint
 from helpers.reference import IDS, adapted, llama, logits
 from helpers.refusals import refused
 from helpers.states import SITES, edit_config, effect, linear, same_effects, state_of
@@ -25,14 +23,6 @@ SIZES = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 def base_model() -> Any:
     return llama(**SIZES).float()
-
-
-def written(layout: str, folder: Path, *targets: Any) -> tuple[Any, Any, dict[str, Tensor]]:
-    """An adapted model, the sites of its adapter, and the tensors of its file."""
-    model = adapted(base_model(), *targets)
-    path = li.save_adapter(model, folder / "a", format=layout)
-    tensors = torch.load(path / "lit_model.pth.lora", weights_only=True)
-    return model, li.adapter_state(model).sites, tensors.get("model", tensors)
 
 
 def hold_read(path: Path, model: Any, pickled: bool = False) -> None:
@@ -79,53 +69,6 @@ def test_torchtunes_files_are_read_as_it_computes_with_them(tmp_path: Path) -> N
     hold_read(tmp_path, model, pickled=True)
     with refused(li.FormatError, "only read"):
         li.save_adapter(model, tmp_path / "b", format="torchtune")
-
-
-# litgpt -------------------------------------------------------------------------------------------
-
-
-def litgpt_delta(
-    a: Tensor, b: Tensor, widths: dict[str, int], on: list[str], scale: float
-) -> Tensor:
-    """`LoRAQKVLinear.get_lora_AB` of litgpt/lora.py with grouped queries, and its `zero_pad`."""
-    parts = zip(on, b.split([widths[part] for part in on]), a.chunk(len(on)), strict=True)
-    updates = {part: scale * up @ down for part, up, down in parts}
-    zeros = {part: a.new_zeros(width, a.shape[1]) for part, width in widths.items()}
-    return torch.cat([*(zeros | updates).values()])
-
-
-def test_litgpt_adds_to_its_fused_weight_what_we_add_to_ours(tmp_path: Path) -> None:
-    model, sites, tensors = written("litgpt", tmp_path, "q_proj", "v_proj", "o_proj", "lm_head")
-    file = tmp_path / "a/hyperparameters.yaml"
-    said = yaml.safe_load(file.read_text())
-    assert (said["lora_query"], said["lora_key"], said["lora_projection"]) == (True, False, True)
-    widths = {"q_proj": 16, "k_proj": 8, "v_proj": 8}
-    for layer in range(2):
-        key, block = f"transformer.h.{layer}.attn.qkv", f"model.layers.{layer}.self_attn"
-        due = [
-            effect(sites[f"{block}.{part}"]).float() if part != "k_proj" else torch.zeros(width, 16)
-            for part, width in widths.items()
-        ]
-        scale = said["lora_alpha"] / said["lora_r"]
-        a, b = tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"]
-        near(litgpt_delta(a, b, widths, ["q_proj", "v_proj"], scale), torch.cat(due))
-    hold_read(tmp_path / "a", model, pickled=True)
-    config = base_model().config.to_dict()
-    for edit, named in (({"lora_query": False}, ["4", "24"]), ({"lora_r": 3}, ["rank is 2", "3"])):
-        file.write_text(yaml.safe_dump(said | edit))
-        with refused(li.FormatError, *named):
-            li.read_adapter(tmp_path / "a", config=config, allow_pickle=True)
-
-
-def test_a_folder_of_litgpt_merges_on_disk_as_it_does_in_memory(run: Any, tmp_path: Path) -> None:
-    base_model().save_pretrained(tmp_path / "base")
-    model = adapted(base_model(), "q_proj", "o_proj")
-    path = li.save_adapter(model, tmp_path / "a", format="litgpt")
-    words = ("merge", tmp_path / "base", path, "--allow-pickle", "-o", tmp_path / "out")
-    assert run(*words).code == 0
-    li.merge(model, eject=True)
-    for name, tensor in load_checkpoint(tmp_path / "out").items():
-        near(tensor, model.state_dict()[name])
 
 
 # llama.cpp ----------------------------------------------------------------------------------------
@@ -257,25 +200,21 @@ def test_configs_of_mlx_that_contradict_are_refused(change, named, tmp_path: Pat
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 1}
 CONFIG |= {"num_key_value_heads": 1, "hidden_size": 5, "head_dim": 4, "tie_word_embeddings": True}
-THREE = {**CONFIG, "num_hidden_layers": 3}
 
 
 def at(part: str) -> li.AdapterState:
     return state_of(*(linear(f"model.layers.{n}.{part}") for n in (0, 1)))
 
 
-OUT, Q, UP = at("self_attn.o_proj"), at("self_attn.q_proj"), at("mlp.up_proj")
+OUT, Q = at("self_attn.o_proj"), at("self_attn.q_proj")
 EMBEDDING = state_of(SITES["embedding"].at("model.embed_tokens"))
 HEAD, CONV = state_of(linear("lm_head")), state_of(SITES["conv"])
 REFUSED: dict[str, tuple[str, li.AdapterState, Any, str]] = {
-    "no config": ("litgpt gguf", OUT, None, "--base"),
-    "another family": ("litgpt gguf", OUT, {"model_type": "gpt2"}, "'gpt2'"),
-    "other heads": ("litgpt gguf", Q, CONFIG, "7 rows"),
-    "no name": ("litgpt gguf", at("mlp.fc"), CONFIG, "mlp.fc"),
-    "a layer less": ("litgpt", OUT, THREE, "model.layers.2"),
-    "a part of an MLP": ("litgpt", UP, CONFIG, "gate, up and down"),
-    "a convolution": ("litgpt gguf", CONV, CONFIG, "'conv'"),
-    "an embedding": ("litgpt", EMBEDDING, CONFIG, "'embedding'"),
+    "no config": ("gguf", OUT, None, "--base"),
+    "another family": ("gguf", OUT, {"model_type": "gpt2"}, "'gpt2'"),
+    "other heads": ("gguf", Q, CONFIG, "7 rows"),
+    "no name": ("gguf", at("mlp.fc"), CONFIG, "mlp.fc"),
+    "a convolution": ("gguf", CONV, CONFIG, "'conv'"),
     "a tied embedding": ("gguf mlx", EMBEDDING, CONFIG, "'model.embed_tokens'"),
     "an embedding, untold": ("mlx", EMBEDDING, None, "--base"),
     "a tied head": ("gguf mlx", HEAD, CONFIG, "'lm_head'"),
