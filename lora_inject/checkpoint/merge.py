@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import time
@@ -58,8 +57,6 @@ class MergedFiles(MergeReport):
         resumed: Weight files that an earlier run had finished.
         verified: Whether the output was verified before it was published.
         seconds: From the plan to the end.
-        fsync_seconds: The part of it that was waiting for the disk.
-        peak_memory_bytes: Most memory that the process ever held, None where unknown.
     """
 
     output: Path
@@ -67,19 +64,15 @@ class MergedFiles(MergeReport):
     resumed: tuple[str, ...]
     verified: bool
     seconds: float
-    fsync_seconds: float
-    peak_memory_bytes: int | None
 
     def totals(self) -> str:
         """Return what was written, how large it is and how long it took."""
         resumed = f"; {count(len(self.resumed), 'file')} finished earlier" if self.resumed else ""
-        peak = self.peak_memory_bytes
-        memory = f", {in_bytes(peak)} of memory" if peak else ""
         checked = ", verified" if self.verified else ""
         lost = f"; {self.warning}" if self.warning else ""
         return (
             f"merged {len(self.tensors):,} of {self.n_tensors:,} tensors into {self.output}: "
-            f"{in_bytes(self.n_bytes)} in {self.seconds:.1f} s{memory}{checked}{resumed}{lost}"
+            f"{in_bytes(self.n_bytes)} in {self.seconds:.1f} s{checked}{resumed}{lost}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +149,7 @@ def merge_planned(
     staging = _Staging(folder, plan.digest)
     with staging.kept_if_of_use():
         reports = staging.finished(plan.shards)
-        resumed, fsync_seconds = tuple(reports), 0.0
+        resumed = tuple(reports)
         todo = [shard for shard in plan.shards if shard.name not in reports]
         _check_space(folder, sum(shard.n_bytes for shard in todo))
         counted = BytesDone(sum(shard.data_bytes for shard in plan.shards), progress)
@@ -165,9 +158,7 @@ def merge_planned(
             with staging.new_file(shard) as file:
                 reports[shard.name] = _write(shard, plan, file, counted)
                 _check_kept(plan.options, reports)
-                synced = time.perf_counter()
                 os.fsync(file.fileno())
-                fsync_seconds += time.perf_counter() - synced
             staging.finish(shard, reports[shard.name])
         _check_kept(plan.options, reports)
         for source in plan.base.shards.values():
@@ -187,8 +178,6 @@ def merge_planned(
         resumed=resumed,
         verified=plan.options.verify,
         seconds=time.perf_counter() - began,
-        fsync_seconds=fsync_seconds,
-        peak_memory_bytes=_peak_memory_bytes(),
     )
 
 
@@ -244,16 +233,6 @@ def _check_kept(options: MergeOptions, reports: Mapping[str, Sequence[TensorRepo
         wide = "floats (--dequantize)" if options.requantize else "float32 (--dtype)"
         remedy = f"Write {wide}, keep the adapter unmerged, or accept less (--min-kept)"
         raise _LostError(f"keep at least {least} of every delta", problem, remedy)
-
-
-def _peak_memory_bytes() -> int | None:
-    """Return the most memory that this process ever held, None where the system is not Linux."""
-    # Not getrusage: it starts from the memory of the parent process.
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        if peak := re.search(r"VmHWM:\s*(\d+)", status):
-            return 1024 * int(peak[1])
-    return None
 
 
 # The output, and the folder of an unfinished merge ----------------------------------------------
