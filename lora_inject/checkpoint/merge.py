@@ -1,17 +1,16 @@
 """Merge adapters into a checkpoint on disk: plan, write each weight file, publish in one step.
 
-Weight files and side files are written into a folder next to the output, which gets the output's
-name in one rename when all of them are complete. So a process that dies leaves no output, and a
-later run goes on with its finished files: the folder has a name of its own for each merge, and a
-weight file in it is complete.
+Weight files and side files are written into a hidden folder next to the output, which gets the
+output's name in one rename when all of them are complete. So a process that dies leaves nothing
+under that name. What it left in the hidden folder goes when the merge is started again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -32,14 +31,10 @@ from lora_inject.core.files.atomic import (
     out_of_the_way,
     remedy_for,
     rename_folder,
-    replace_file,
     write_new,
 )
 from lora_inject.core.files.row_reader import read_at
-from lora_inject.core.files.safetensors_file import read_header
-from lora_inject.core.files.strict_json import read_json
 from lora_inject.core.functional.merge_report import MergeReport, TensorReport
-from lora_inject.core.spec.names import counted as count
 from lora_inject.core.spec.tables import in_bytes
 from lora_inject.errors import CheckpointError, user_path
 
@@ -54,30 +49,27 @@ class MergedFiles(MergeReport):
     Attributes:
         output: The folder that was written.
         n_bytes: Size of all weight files.
-        resumed: Weight files that an earlier run had finished.
         verified: Whether the output was verified before it was published.
         seconds: From the plan to the end.
     """
 
     output: Path
     n_bytes: int
-    resumed: tuple[str, ...]
     verified: bool
     seconds: float
 
     def totals(self) -> str:
         """Return what was written, how large it is and how long it took."""
-        resumed = f"; {count(len(self.resumed), 'file')} finished earlier" if self.resumed else ""
         checked = ", verified" if self.verified else ""
         lost = f"; {self.warning}" if self.warning else ""
         return (
             f"merged {len(self.tensors):,} of {self.n_tensors:,} tensors into {self.output}: "
-            f"{in_bytes(self.n_bytes)} in {self.seconds:.1f} s{checked}{resumed}{lost}"
+            f"{in_bytes(self.n_bytes)} in {self.seconds:.1f} s{checked}{lost}"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return {**super().to_dict(), "output": str(self.output), "resumed": list(self.resumed)}
+        return {**super().to_dict(), "output": str(self.output)}
 
 
 def merge_checkpoint(
@@ -93,8 +85,8 @@ def merge_checkpoint(
 
     Memory does not grow with the model: adapters are held whole, and row blocks of the base are
     read, updated in float32, rounded once and written. Tensors that no adapter changes keep their
-    bytes. If the process is killed, the output is absent or complete, and the same call continues
-    with the finished files.
+    bytes. If the process is killed, the output is absent or complete. Of two merges into one output
+    the one that began later has it, and the other raises.
 
     Args:
         base: Folder of the base, or one `.safetensors` file.
@@ -146,28 +138,20 @@ def merge_planned(
     """Carry out what `plan_merge` planned; the rest as for `merge_checkpoint`."""
     began = time.perf_counter()
     folder = check_output(plan.base, output, overwrite=overwrite)
-    staging = _Staging(folder, plan.digest)
-    with staging.kept_if_of_use():
-        reports = staging.finished(plan.shards)
-        resumed = tuple(reports)
-        todo = [shard for shard in plan.shards if shard.name not in reports]
-        _check_space(folder, sum(shard.n_bytes for shard in todo))
-        counted = BytesDone(sum(shard.data_bytes for shard in plan.shards), progress)
-        counted(sum(shard.data_bytes for shard in plan.shards if shard.name in reports))
-        for shard in todo:
-            with staging.new_file(shard) as file:
-                reports[shard.name] = _write(shard, plan, file, counted)
-                _check_kept(plan.options, reports)
+    _check_space(folder, plan.n_bytes)
+    counted = BytesDone(sum(shard.data_bytes for shard in plan.shards), progress)
+    tensors: list[TensorReport] = []
+    with _unfinished(folder) as files:
+        for shard in plan.shards:
+            with (files / shard.name).open("xb") as file:
+                tensors += _write(shard, plan, file, counted)
                 os.fsync(file.fileno())
-            staging.finish(shard, reports[shard.name])
-        _check_kept(plan.options, reports)
+            _check_kept(plan.options, tensors)
         for source in plan.base.shards.values():
             check_unchanged(source)
         if plan.options.verify:
-            places = {shard.name: staging.files / shard.name for shard in plan.shards}
-            verify_shards(plan, places).check()
-        staging.publish(plan.other_files(), overwrite=overwrite)
-    tensors = [tensor for shard in plan.shards for tensor in reports[shard.name]]
+            verify_shards(plan, {shard.name: files / shard.name for shard in plan.shards}).check()
+        _publish(files, folder, plan.other_files(), overwrite=overwrite)
     return MergedFiles(
         adapters=tuple((adapter.label, adapter.weight) for adapter in plan.adapters),
         tensors={tensor.name: tensor for tensor in tensors},
@@ -175,7 +159,6 @@ def merge_planned(
         notes=plan.notes,
         output=folder,
         n_bytes=plan.n_bytes,
-        resumed=resumed,
         verified=plan.options.verify,
         seconds=time.perf_counter() - began,
     )
@@ -216,23 +199,19 @@ def _copy(piece: Piece, source: int, file: BinaryIO) -> None:
     file.write(data)
 
 
-class _LostError(CheckpointError):
-    """Rounding left too little of a delta."""
-
-
-def _check_kept(options: MergeOptions, reports: Mapping[str, Sequence[TensorReport]]) -> None:
+def _check_kept(options: MergeOptions, reports: Sequence[TensorReport]) -> None:
     """Refuse a merge that leaves less of a delta than was asked for."""
     least = options.min_kept
     if least is None:
         return
-    kept = [(t.kept, t.name) for tensors in reports.values() for t in tensors if t.kept is not None]
+    kept = [(tensor.kept, tensor.name) for tensor in reports if tensor.kept is not None]
     lost = sorted(row for row in kept if row[0] < least)
     if lost:
         worst = ", ".join(f"'{name}' {kept!r}" for kept, name in lost[:5])
         problem = f"rounding leaves less in {len(lost)} tensors: {worst}"
         wide = "floats (--dequantize)" if options.requantize else "float32 (--dtype)"
         remedy = f"Write {wide}, keep the adapter unmerged, or accept less (--min-kept)"
-        raise _LostError(f"keep at least {least} of every delta", problem, remedy)
+        raise CheckpointError(f"keep at least {least} of every delta", problem, remedy)
 
 
 # The output, and the folder of an unfinished merge ----------------------------------------------
@@ -294,111 +273,54 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-class _Staging:
-    """The folder of an unfinished merge, which its digest identifies, into `output`.
+@contextlib.contextmanager
+def _unfinished(output: Path) -> Iterator[Path]:
+    """Give a hidden folder beside the output; it goes at the end, unless it has another name then.
 
-    What is in `files` becomes the output. Beside it lies the report of each finished weight file.
+    First those go that merges into this output left when they were killed. They get another name
+    before they are emptied: so a merge that is still at work there finds all of its files, or none.
+    Errors of the system about the disk become one clear error.
     """
+    asked = f"write to '{output}'"
+    mark = hashlib.sha256(os.fsencode(output.name)).hexdigest()[:8]
+    start = f".{output.name[:50]}.{mark}."  # shortened, as a name takes at most 255 bytes
+    folder, aside = (output.with_name(f"{start}{secrets.token_hex(6)}.merging") for _ in range(2))
+    try:
+        for left in output.parent.glob(f"{glob.escape(start)}*.merging"):
+            with contextlib.suppress(FileNotFoundError):
+                left.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not folder.exists():
+            problem = f"'{folder}' was removed: another merge works on the same output"
+            raise CheckpointError(asked, problem, "Wait until it ends") from None
+        problem = error.strerror or str(error)
+        raise CheckpointError(asked, problem, remedy_for(error)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def __init__(self, output: Path, digest: str) -> None:
-        self.output = output
-        name = output.name  # shortened, as a name takes at most 255 bytes
-        mark = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
-        self._of_output = f".{name[:50]}.{mark}."
-        self.folder = output.with_name(f"{self._of_output}{digest[:16]}.merging")
-        self.files = self.folder / "files"
 
-    def _report(self, shard: OutputShard) -> Path:
-        return self.folder / f"{shard.name}.json"
-
-    def finished(self, shards: Sequence[OutputShard]) -> dict[str, list[TensorReport]]:
-        """Return the reports of finished weight files; those that are damaged are made again."""
-        self.files.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob("*.partial"):
-            stale.unlink(missing_ok=True)
-        reports = {}
-        for shard in shards:
-            path = self.files / shard.name
-            # A merge that is stopped once it is published leaves reports of files that have moved.
-            with contextlib.suppress(CheckpointError, FileNotFoundError):
-                if self._report(shard).exists() and read_header(path).raw == shard.header.raw:
-                    rows: Any = read_json(self._report(shard), "resume", CheckpointError)
-                    reports[shard.name] = [
-                        TensorReport(**{**row, **{k: tuple(row[k]) for k in ("shape", "sites")}})
-                        for row in rows
-                    ]
-        return reports
-
-    @contextlib.contextmanager
-    def new_file(self, shard: OutputShard) -> Iterator[BinaryIO]:
-        """Give a file to write under a temporary name; it gets its own when it is on the disk."""
-        partial = self.folder / f"{secrets.token_hex(8)}.partial"
-        try:
-            with partial.open("wb") as file:
-                yield file
-            partial.replace(self.files / shard.name)
-        except FileNotFoundError:
-            raise self._removed(f"write '{shard.name}'") from None
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def finish(self, shard: OutputShard, reports: Sequence[TensorReport]) -> None:
-        """Write the report of a finished file."""
-        fsync_dir(self.files)
-        data = json.dumps([report.to_dict() for report in reports]).encode()
-        replace_file(self._report(shard), data)
-
-    def _removed(self, asked: str) -> CheckpointError:
-        problem = f"'{self.files}' was removed: another merge works on the same output"
-        return CheckpointError(asked, problem, "Wait until it ends")
-
-    @contextlib.contextmanager
-    def kept_if_of_use(self) -> Iterator[None]:
-        """Remove the folder after a failure if nothing in it can be resumed.
-
-        Errors of the system about the disk become one clear error.
-        """
-        try:
-            yield
-        except BaseException as error:
-            n_finished = len(list(self.folder.glob("*.json")))
-            finished = count(n_finished, "finished file")
-            kept = f"The same again goes on from {finished} in '{self.folder}'"
-            if isinstance(error, _LostError) or n_finished == 0 or not self.files.exists():
-                shutil.rmtree(self.folder, ignore_errors=True)
-            elif isinstance(error, KeyboardInterrupt):
-                error.add_note(f"{kept}. Delete that folder to give it up.")
-            if not isinstance(error, OSError):
-                raise
-            problem = error.strerror or str(error)
-            remedy = remedy_for(error) + (f". {kept}" if n_finished else "")
-            raise CheckpointError(f"write to '{self.output}'", problem, remedy) from error
-
-    def publish(self, side_files: Mapping[str, bytes], *, overwrite: bool) -> None:
-        """Add the other files by their relative paths, and rename all to the output in one step.
-
-        What other merges left unfinished for the same output is removed.
-        """
-        asked = f"write to '{self.output}'"
-        if not self.files.is_dir():
-            raise self._removed(asked)
-        for name, data in side_files.items():
-            path = self.files / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)  # of an earlier attempt
-            write_new(path, data)
-        for folder in {(self.files / name).parent for name in side_files} | {self.files}:
-            fsync_dir(folder)
-        try:
-            with out_of_the_way(self.output) if overwrite else contextlib.nullcontext():
-                rename_folder(self.files, self.output)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-            names = sorted(path.name for path in self.output.glob("*"))[:4]
-            problem = f"since this merge began somebody else has written it ({', '.join(names)})"
-            raise CheckpointError(asked, problem, "Give each merge an output of its own") from None
-        fsync_dir(self.output.parent)
-        for path in self.output.parent.iterdir():
-            if path.name.startswith(self._of_output) and path.suffix == ".merging":
-                shutil.rmtree(path, ignore_errors=True)
+def _publish(
+    files: Path, output: Path, other_files: Mapping[str, bytes], *, overwrite: bool
+) -> None:
+    """Add the other files by their relative paths, and rename all to the output in one step."""
+    folders = {folder for name in other_files for folder in Path(name).parents} - {Path()}
+    for folder in sorted(folders):
+        (files / folder).mkdir()
+    for name, data in other_files.items():
+        write_new(files / name, data)
+    for folder in (*folders, Path()):
+        fsync_dir(files / folder)
+    try:
+        with out_of_the_way(output) if overwrite else contextlib.nullcontext():
+            rename_folder(files, output)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        names = sorted(path.name for path in output.glob("*"))[:4]
+        problem = f"since this merge began somebody else has written it ({', '.join(names)})"
+        remedy = "Give each merge an output of its own"
+        raise CheckpointError(f"write to '{output}'", problem, remedy) from None
+    fsync_dir(output.parent)

@@ -6,7 +6,6 @@ order in the model does. It does not say their orientation either; the model's c
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_inject.algebra.values import called
@@ -23,12 +21,9 @@ from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import parse_table
-from lora_inject.core.files.tensors import bytes_of
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.errors import CheckpointError, check_list, user_path, within
 from lora_inject.formats.exchange import read_adapter
-
-_STEP_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -140,20 +135,6 @@ def _check_values(adapter: WeightedAdapter) -> None:
         if not all_finite(tensor):
             remedy = "Its training diverged; take an earlier checkpoint of the adapter"
             raise CheckpointError(asked, f"'{name}' holds NaN or Inf", remedy)
-
-
-def digest(adapter: WeightedAdapter) -> str:
-    """Return the SHA-256 of an adapter's numbers and its weight; in any order of its sites."""
-    sha, rows = hashlib.sha256(repr(adapter.weight).encode()), adapter.state.rows
-    for name, site in sorted(adapter.state.sites.items()):
-        spec = site.spec
-        facts = spec.weight, spec.kind, spec.scale, spec.transposed, spec.experts, spec.spans
-        sha.update(repr((name, *facts, spec.variant, spec.only, spec.share)).encode())
-    for name, tensor in sorted(_tensors_of(adapter), key=lambda row: row[0]):
-        sha.update(f"{name}{rows.get(name, '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for some in torch.split(tensor.detach().flatten(), _STEP_ELEMENTS):
-            sha.update(bytes_of(some))
-    return sha.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ Each may change `config.json`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,6 @@ from lora_inject.checkpoint.merge_inputs import (
     MergeOptions,
     WeightedAdapter,
     check_adapters,
-    digest,
     weighted_adapters,
 )
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
@@ -42,7 +40,6 @@ from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
 from lora_inject.core.spec.names import counted
 from lora_inject.core.spec.tables import Listing, ListReport, in_bytes, sides, wrapped
 from lora_inject.errors import CheckpointError
-from lora_inject.version import __version__
 
 
 @dataclass(frozen=True)
@@ -91,18 +88,6 @@ class MergePlan(ListReport):
         if base.config and self.config_changes:
             files["config.json"] = _json(changed_config(base.config, self.config_changes))
         return files
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of everything that determines the output: base, adapters and what is done."""
-        base = [(s.name, s.mtime_ns, s.header.raw.hex()) for s in self.base.shards.values()]
-        shards = [
-            (s.name, s.header.raw.hex(), [(j.name, j.action, sorted(j.sites)) for j in s.jobs])
-            for s in self.shards
-        ]
-        adapters = [digest(adapter) for adapter in self.adapters]
-        facts = [__version__, base, shards, adapters, dict(self.config_changes), *self.side_files]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, for printing and for machines."""

@@ -118,8 +118,8 @@ def merge(
 ) -> None:
     """BASE is a folder of safetensors files, or one such file.
 
-    Tensors that no adapter touches keep their bytes. Stopped at any moment, the output is absent,
-    complete, or finished by the same command.
+    Tensors that no adapter touches keep their bytes. Stopped at any moment, the output is absent or
+    complete.
     """
     if output is None and not dry_run:
         raise BadParameter("say where to write: --output FOLDER (or --dry-run)")
