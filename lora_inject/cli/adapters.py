@@ -21,7 +21,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import templates
 from lora_inject.core.spec.tables import Listing, span, wrapped
 from lora_inject.formats.clients import CLIENTS
-from lora_inject.formats.exchange import TO_WRITE, write_adapter
+from lora_inject.formats.exchange import FORMATS, write_adapter
 from lora_inject.formats.pairs import DTYPES
 
 WriteDtype = Annotated[
@@ -144,7 +144,7 @@ def convert(
     output: Annotated[Path, Argument(metavar="OUT", help="Where to write.")],
     *,
     to: Annotated[
-        str, Option("--to", metavar="FORMAT", help=options.FORMAT, callback=one_of(TO_WRITE))
+        str, Option("--to", metavar="FORMAT", help=options.FORMAT, callback=one_of(FORMATS))
     ],
     base: Base = None,
     dtype: Annotated[

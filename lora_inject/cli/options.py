@@ -22,7 +22,7 @@ from lora_inject.core.spec.tables import ListReport, Report
 from lora_inject.errors import CheckpointError, FormatError, LoraInjectError, user_path
 from lora_inject.formats.exchange import (
     DEFAULT,
-    TO_WRITE,
+    FORMATS,
     detected,
     format_of,
     options_of,
@@ -57,7 +57,7 @@ def one_of(names: Collection[str]) -> Callable[[str | None], str | None]:
     return checked
 
 
-FORMAT = f"Format to write: {', '.join(TO_WRITE)}."
+FORMAT = f"Format to write: {', '.join(FORMATS)}."
 
 
 def model_folder(path: Path) -> Path:
@@ -123,7 +123,7 @@ class Writing:
     """Where and how to write an adapter."""
 
     output: Annotated[Path, Option("--output", "-o", help="Where to write the adapter.")]
-    adapter_format: Annotated[str, Option("--format", help=FORMAT, callback=one_of(TO_WRITE))] = (
+    adapter_format: Annotated[str, Option("--format", help=FORMAT, callback=one_of(FORMATS))] = (
         DEFAULT
     )
     overwrite: Overwrite = False

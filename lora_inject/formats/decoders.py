@@ -1,4 +1,4 @@
-"""Llama-like decoders under other programs' names: llama.cpp's GGUF and torchtune's.
+"""Llama-like decoders under llama.cpp's names: GGUF files.
 
 Llama's rotary embedding rotates pairs of values. Transformers stores the first values of all pairs
 of a head, then the second ones; Meta's code, and programs that follow it, store each pair side by
@@ -8,12 +8,6 @@ A GGUF file of llama.cpp has `blk.0.attn_q.weight.lora_a` (A), `.lora_b` (B) and
 The scale is alpha over the rank of each pair, so ranks may differ; if scales would need several
 alphas, they are folded into B. The A of an embedding is transposed. Needs the package `gguf`.
 Source: llama.cpp, convert_lora_to_gguf.py, conversion/llama.py (`permute`), src/llama-adapter.cpp.
-
-torchtune's adapter checkpoint, which is only read, is the folder of `adapter_model.pt` and a
-config, with one rank and one alpha. A folder that also has `adapter_model.safetensors`, which it
-writes for models of transformers, is PEFT's.
-Source: torchtune 0.6.1, models/convert_weights.py (`tune_to_peft_adapter_weights`, `_FROM_HF`),
-training/checkpointing/_checkpointer.py, modules/peft/_utils.py.
 """
 
 from __future__ import annotations
@@ -29,29 +23,27 @@ from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.strict_json import parse_table
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.format import Files, part_of_folder
+from lora_inject.formats.format import Files
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import matrices, plain_site, plain_sites
-from lora_inject.formats.pickles import read_pickle
 
 _OUTSIDE = ("model.embed_tokens", "lm_head")
 # Transformers' name of a module, in its layer or outside of layers; llama.cpp's for most models,
-# and for those that fuse projections; torchtune's.
+# and for those that fuse projections.
 # fmt: off
 _NAMES = {
-    "model.embed_tokens":   ("token_embd",  "token_embd",  None),
-    "lm_head":              ("output",      "output",      "output"),
-    "self_attn.q_proj":     ("attn_q",      None,          "attn.q_proj"),
-    "self_attn.k_proj":     ("attn_k",      None,          "attn.k_proj"),
-    "self_attn.v_proj":     ("attn_v",      None,          "attn.v_proj"),
-    "self_attn.qkv_proj":   (None,          "attn_qkv",    None),
-    "self_attn.o_proj":     ("attn_output", "attn_output", "attn.output_proj"),
-    "mlp.gate_up_proj":     (None,          "ffn_up",      None),
-    "mlp.gate_proj":        ("ffn_gate",    None,          "mlp.w1"),
-    "mlp.up_proj":          ("ffn_up",      None,          "mlp.w3"),
-    "mlp.down_proj":        ("ffn_down",    "ffn_down",    "mlp.w2"),
+    "model.embed_tokens":   ("token_embd",  "token_embd"),
+    "lm_head":              ("output",      "output"),
+    "self_attn.q_proj":     ("attn_q",      None),
+    "self_attn.k_proj":     ("attn_k",      None),
+    "self_attn.v_proj":     ("attn_v",      None),
+    "self_attn.qkv_proj":   (None,          "attn_qkv"),
+    "self_attn.o_proj":     ("attn_output", "attn_output"),
+    "mlp.gate_up_proj":     (None,          "ffn_up"),
+    "mlp.gate_proj":        ("ffn_gate",    None),
+    "mlp.up_proj":          ("ffn_up",      None),
+    "mlp.down_proj":        ("ffn_down",    "ffn_down"),
 }
 # fmt: on
 _LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
@@ -274,38 +266,3 @@ def gguf_content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             problem = f"'{name[:200]}' is of type {kind}"
             raise FormatError("", problem, "Convert it with --outtype f32")
     return fields, {n: torch.from_numpy(d.astype(_DTYPES[k])) for n, (k, d) in stored.items()}
-
-
-# torchtune ---------------------------------------------------------------------------------------
-
-_CHECKPOINTS, _CONFIG = ("adapter_model.pt", "adapter_0.pt"), "adapter_config.json"
-_TORCHTUNE = Decoder(2, "layers.{}.", (".lora_a.weight", ".lora_b.weight"))
-IN_PAIRS = {"llama": True, "mistral": True, "qwen2": False}
-"""By `model_type`: whether torchtune's rows of q and k are in pairs."""
-
-
-def is_of_torchtune(files: Files) -> bool:
-    """Whether a path is such a folder."""
-    return files.has(*_CHECKPOINTS) and not files.has("adapter_model.safetensors")
-
-
-def read_torchtune(
-    path: Path, facts: ModelFacts, *, alpha: float | None = None, allow_pickle: bool = False
-) -> AdapterState:
-    """Read an adapter checkpoint of torchtune, under transformers' names.
-
-    `alpha` is the recipe's `lora_alpha`, for folders without an adapter_config.json, `allow_pickle`
-    as in `pickles.read_pickle`.
-    """
-    there = [name for name in _CHECKPOINTS if (path / name).is_file()] or _CHECKPOINTS
-    file = part_of_folder(path, there[0], "Give the folder of an epoch")
-    tensors = read_pickle(file, allow=allow_pickle)
-    if alpha is None and (path / _CONFIG).is_file():
-        alpha = parse_table((path / _CONFIG).read_bytes(), _CONFIG).get("lora_alpha")
-    if type(alpha) not in (int, float):
-        raise FormatError("", f"no {_CONFIG} says its alpha", "Pass alpha=..., as in the recipe")
-    others = "; for others torchtune writes PEFT folders"
-    kind = facts.model_type(IN_PAIRS, "the order of the rows of q and k", others)
-    decoder, remedy = _TORCHTUNE._replace(in_pairs=IN_PAIRS[kind]), "DoRA and modules of several "
-    pairs = decoder.read(tensors, facts, f"{remedy}parts are not read")
-    return AdapterState({n: plain_site(n, a, b, alpha) for n, (a, b) in pairs.items()})

@@ -29,7 +29,7 @@ from lora_inject.formats.peft import folder
 DEFAULT = "peft"
 """What is written where no format is named."""
 
-OLDER_FILES = {"adapter_model.bin", "adapter_model.pt", "adapter_0.pt"}
+OLDER_FILES = {"adapter_model.bin"}
 """Files that an older adapter may have and a new one need not, so that they may be replaced."""
 
 
@@ -46,8 +46,6 @@ FORMATS: dict[str, Format] = {
     "native": Format(native.write, native.read, _is_native, endings=SAFE, takes_facts=False),
     # The folder of mlx-lm, which also has an adapter_config.json.
     "mlx": Format(mlx.write, mlx.read, mlx.detects, deltas_only=True),
-    # A folder of torchtune, which holds a pickle.
-    "torchtune": Format(None, decoders.read_torchtune, decoders.is_of_torchtune),
     # A directory of Hugging Face PEFT.
     "peft": Format(folder.write, folder.read, folder.detects, by_peft=True),
     # The same with one rank and scale 1, for servers that read little of the config; with a pair
@@ -79,16 +77,19 @@ FORMATS: dict[str, Format] = {
 }
 """Name to row; detection asks in this order."""
 
+_OF_TORCHTUNE = (
+    "it is an adapter of torchtune, whose own files are not read",
+    "Save it with torchtune's FullModelHFCheckpointer, which writes a PEFT folder, and give that",
+)
 NOT_READ = {
+    "adapter_model.pt": _OF_TORCHTUNE,
+    "adapter_0.pt": _OF_TORCHTUNE,
     "lit_model.pth.lora": (
         "it is an adapter of litgpt, whose files are not read",
         "Merge it with `litgpt merge_lora`, and convert that with `litgpt convert_from_litgpt`",
     ),
 }
 """By a file of another program: what the adapter is, and what to do with it instead."""
-
-TO_WRITE = tuple(name for name, row in FORMATS.items() if row.write)
-"""The formats that are written, too."""
 
 
 def format_of(name: str, asked: str = "") -> Format:
@@ -208,8 +209,6 @@ def content_of(
     format = format or DEFAULT  # noqa: A001
     row = format_of(format, f"write adapter to '{path}'")
     with within(f"write {format} adapter to '{path}'"):
-        if row.write is None:
-            raise FormatError("", "files of this format are only read", 'Give format="peft"')
         known, own = _arguments(row, row.write, facts, options)
         target = completed(target, row)
         _checked(state).check_finite("", FormatError)
@@ -278,7 +277,7 @@ def detected(path: Path) -> str:
     """Return the first format that detects a path as its own; raise if there is none."""
     asked, files = f"read adapter '{path}'", Files(user_path("read adapter", path))
     with within(asked):
-        for name in FORMATS if path.exists() else ():
+        for name in FORMATS if path.exists() and path.name not in NOT_READ else ():
             if FORMATS[name].detects(files):
                 return name
     raise FormatError(asked, *_why_none(path, files))
@@ -286,13 +285,13 @@ def detected(path: Path) -> str:
 
 def _why_none(path: Path, files: Files) -> tuple[str, str]:
     """Return what a path is instead, and what to give."""
-    for file, why in NOT_READ.items():
-        if files.has(file) or (path.name == file and path.is_file()):
-            return why
     if not path.exists():
         beside = sorted(path.parent.glob(f"{glob.escape(path.name)}.*")) if path.name else []
         remedy = f"Give '{beside[0]}'" if len(beside) == 1 else "Check the path"
         return "there is no such file or directory", remedy
+    for file, why in NOT_READ.items():
+        if files.has(file) or path.name == file:
+            return why
     if path.is_dir() and (path / "config.json").is_file():
         problem = "it is a model, and an adapter is due here"
         return problem, "Give an adapter; where both are given, the base is first"
@@ -304,7 +303,7 @@ def _why_none(path: Path, files: Files) -> tuple[str, str]:
 FACTS = [field.name for field in fields(ModelFacts)]
 
 
-def options_of(function: Callable[..., Any] | None) -> list[str]:
+def options_of(function: Callable[..., Any]) -> list[str]:
     """Return the names of the options that only this format's `read` or `write` has.
 
     Examples:
@@ -312,8 +311,6 @@ def options_of(function: Callable[..., Any] | None) -> list[str]:
         >>> options_of(read)
         ['component']
     """
-    if function is None:
-        return []
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 

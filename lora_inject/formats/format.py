@@ -14,7 +14,6 @@ SAFE = (".safetensors",)
 _BESIDE = {
     "adapter_model.safetensors": "adapter_config.json",
     "adapter_model.bin": "adapter_config.json",
-    "adapter_model.pt": "adapter_config.json",
     "adapters.safetensors": "adapter_config.json",
 }
 """Files of adapters that are folders, and the file beside each."""
@@ -66,8 +65,7 @@ class Format:
 
     Attributes:
         write: `write(state, path, facts, **options)`: the content of the file that `path` will be,
-            or of each file of the folder, by name; None for files that are only read. The adapter's
-            shapes and dtypes are checked.
+            or of each file of the folder, by name. The adapter's shapes and dtypes are checked.
         read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
         detects: `detects(files) -> bool`, by content; the first row that returns True reads.
         deltas_only: Whether its files hold an adapter's deltas, and nothing of how it was trained.
@@ -76,7 +74,7 @@ class Format:
         by_peft: Whether PEFT, or a program with PEFT's layers, reads its files.
     """
 
-    write: Callable[..., bytes | Mapping[str, bytes]] | None
+    write: Callable[..., bytes | Mapping[str, bytes]]
     read: Callable[..., AdapterState]
     detects: Callable[[Files], bool]
     deltas_only: bool = False

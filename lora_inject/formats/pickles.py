@@ -1,4 +1,4 @@
-"""Pickled state dicts: read as tensors only, and only if the caller allows it."""
+"""Pickled state dicts of loralib: read as tensors only, and only if the caller allows it."""
 
 from __future__ import annotations
 

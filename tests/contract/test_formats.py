@@ -409,7 +409,11 @@ def test_one_file_of_a_folder_is_the_folder_if_it_is_there(name: str, tmp_path: 
             li.read_adapter(path)
 
 
-NOT_READ = {"lit_model.pth.lora": "litgpt convert_from_litgpt"}
+NOT_READ = {
+    "lit_model.pth.lora": "litgpt convert_from_litgpt",
+    "adapter_model.pt": "FullModelHFCheckpointer",
+    "adapter_0.pt": "FullModelHFCheckpointer",
+}
 
 
 @pytest.mark.parametrize("file", NOT_READ)

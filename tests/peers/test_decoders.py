@@ -1,6 +1,6 @@
-"""mlx-lm's, torchtune's and llama.cpp's files of decoders.
+"""mlx-lm's and llama.cpp's files of decoders.
 
-They are held to what mlx-lm computes, and to the formulas of the other programs' own layers.
+They are held to what mlx-lm computes, and to the formulas of llama.cpp's own layers.
 """
 
 from pathlib import Path
@@ -25,50 +25,14 @@ def base_model() -> Any:
     return llama(**SIZES).float()
 
 
-def hold_read(path: Path, model: Any, pickled: bool = False) -> None:
-    """Hold what is read of a file to the model, and that a pickle is not read unasked."""
-    if pickled:
-        with refused(li.FormatError, "allow_pickle=True"):
-            li.load_adapter(base_model(), path)
-    back = li.load_adapter(base_model(), path, **({"allow_pickle": True} if pickled else {}))
+def hold_read(path: Path, model: Any) -> None:
+    """Hold what is read of a file to the model."""
+    back = li.load_adapter(base_model(), path)
     torch.testing.assert_close(logits(back), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def near(found: Tensor, due: Tensor) -> None:
     torch.testing.assert_close(found, due, rtol=1e-5, atol=1e-5)
-
-
-# torchtune ----------------------------------------------------------------------------------------
-
-
-def hf_to_tune(delta: Tensor, n_heads: int) -> Tensor:
-    """`hf_to_tune._permute` of torchtune/models/convert_weights.py, of the dense delta."""
-    head_dim, dim = len(delta) // n_heads, delta.shape[1]
-    turned = delta.view(n_heads, 2, head_dim // 2, dim).transpose(1, 2)
-    return turned.reshape(head_dim * n_heads, dim)
-
-
-def test_torchtunes_files_are_read_as_it_computes_with_them(tmp_path: Path) -> None:
-    targets = [{"match": "q_proj", "rank": 3}, "k_proj", {"match": "mlp.*", "alpha": 9}, "lm_head"]
-    model = adapted(base_model(), *targets)
-    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"}
-    tensors = {}
-    for name, site in li.adapter_state(model).sites.items():
-        end = name.rpartition(".")[2]
-        key = name.removeprefix("model.").replace("self_attn", "attn").removesuffix(end)
-        key += names.get(end, end)
-        heads, b = {"q_proj": 4, "k_proj": 2}.get(end), site.B.detach() * site.scale / 2
-        tensors[f"{key}.lora_a.weight"] = site.A.detach() * site.spec.rank
-        tensors[f"{key}.lora_b.weight"] = hf_to_tune(b, heads) if heads else b
-    torch.save(tensors, tmp_path / "adapter_model.pt")
-    options = {"config": base_model().config.to_dict(), "allow_pickle": True}
-    with refused(li.FormatError, "alpha="):
-        li.read_adapter(tmp_path, **options)
-    same_effects(li.read_adapter(tmp_path, alpha=2.0, **options), li.adapter_state(model))
-    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 2}')
-    hold_read(tmp_path, model, pickled=True)
-    with refused(li.FormatError, "only read"):
-        li.save_adapter(model, tmp_path / "b", format="torchtune")
 
 
 # llama.cpp ----------------------------------------------------------------------------------------
