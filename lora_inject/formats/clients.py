@@ -28,8 +28,7 @@ from lora_inject.core.files.tensors import is_safetensors, read_tensors
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.names import leaf, nearest, parent
 from lora_inject.errors import FormatError, within
-from lora_inject.formats import mlx, pipelines
-from lora_inject.formats.decoders import FAMILIES, gguf_content
+from lora_inject.formats import gguf, mlx, pipelines
 from lora_inject.formats.exchange import detected
 from lora_inject.formats.format import Files, part_of_folder
 from lora_inject.formats.model_facts import ModelFacts
@@ -145,7 +144,7 @@ class Checked:
         if self.layout == "peft":
             self.config, self.tensors, self.metadata = opened(self.path)
         elif self.layout == "gguf":
-            self.tensors = gguf_content(file)[1]
+            self.tensors = gguf.tensors_of(file)
         elif is_safetensors(file):
             self.tensors, self.metadata = read_tensors(file)
         if self.layout == "mlx":
@@ -396,7 +395,7 @@ def _llama_cpp(files: Checked) -> Objections:
     if tied and {"lm_head", "model.embed_tokens"} & files.pairs.keys():
         yield Objection("llama.cpp holds a tied head and embedding as one tensor", MERGE)
     kind = files.base.get("model_type")
-    if files.base and kind not in FAMILIES:
+    if files.base and kind not in gguf.FAMILIES:
         fix = "Run its convert_lora_to_gguf.py on a portable folder"
         yield Objection(f"llama.cpp may not support the model_type {kind!r}", fix, stops=False)
 

@@ -21,7 +21,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import write_directory, write_file
 from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, check_type, user_path, within
-from lora_inject.formats import decoders, loralib, mlx, pipelines, servers
+from lora_inject.formats import gguf, loralib, mlx, pipelines, servers
 from lora_inject.formats.format import SAFE, Files, Format
 from lora_inject.formats.model_facts import ModelFacts, Stated
 from lora_inject.formats.peft import folder
@@ -54,8 +54,8 @@ FORMATS: dict[str, Format] = {
         name: Format(write, folder.read, _read_as_peft, deltas_only=True, by_peft=True)
         for name, write in servers.WRITERS.items()
     },
-    # A file of llama.cpp.
-    "gguf": Format(decoders.write_gguf, decoders.read_gguf, decoders.is_gguf, True, (".gguf",)),
+    # A file of llama.cpp, which is only written.
+    "gguf": Format(gguf.write, gguf.read, gguf.detects, True, (".gguf",)),
     # One file of sd-scripts, LyCORIS, ComfyUI.
     "kohya": Format(pipelines.write_kohya, pipelines.read_kohya, pipelines.is_kohya, True, SAFE),
     # One file of a pipeline, or the folder that holds it.

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from helpers.refusals import refused
@@ -71,6 +70,7 @@ class Case:
     uniform: bool = False  # one rank, one alpha
     tensors: str = ""  # the file of tensors, inside a folder
     config: tuple[str, str] | None = None  # the file beside it, and what only that one says
+    is_read: bool = True
 
 
 FOLDER = Case(tensors="adapter_model.safetensors", config=("adapter_config.json", "alpha"))
@@ -83,10 +83,11 @@ CASES = {
         write={"config": LLAMA}, odd=("embedding", "fused"), tensors="adapters.safetensors",
         config=("adapter_config.json", "scale"),
     ),
-    "gguf": Case("a.gguf", {"config": LLAMA}, {"config": LLAMA}, odd=("embedding",)),
+    "gguf": Case("a.gguf", {"config": LLAMA}, is_read=False),
     "loralib": Case("a.safetensors", read={"alpha": 3.0}, odd=(), derived=False, uniform=True),
 }  # fmt: skip
 FOLDERS = ("peft", "mlx")
+READ = [name for name, case in CASES.items() if case.is_read]
 
 
 def test_every_format_has_a_row(run: Any) -> None:
@@ -95,11 +96,14 @@ def test_every_format_has_a_row(run: Any) -> None:
     assert {*known.split(", ")} == {*CASES}
 
 
+def written_state(name: str) -> li.AdapterState:
+    numbers = {"rank": 2, "alpha": 3.0 if CASES[name].uniform else 5.0}
+    return state_of(*(of_llama(module, **numbers) for module in MODULES))
+
+
 def written(name: str, parent: Path) -> Path:
     case = CASES[name]
-    numbers = {"rank": 2, "alpha": 3.0 if case.uniform else 5.0}
-    state = state_of(*(of_llama(module, **numbers) for module in MODULES))
-    return li.write_adapter(state, parent / case.file, name, **case.write)
+    return li.write_adapter(written_state(name), parent / case.file, name, **case.write)
 
 
 def tensors_file(name: str, path: Path) -> Path:
@@ -129,7 +133,7 @@ def rows_of(draw: st.DrawFn, case: Case) -> list[Site]:
     return [row.by(init="pissa") for row in rows] if derived else rows
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", READ)
 def test_updates_come_back(name: str) -> None:
     """Over ranks, alphas, scalings, shapes and kinds, to float precision."""
     case = CASES[name]
@@ -267,7 +271,7 @@ def test_an_adapter_of_another_base_is_not_converted_for_this_one(name: str, tmp
 def test_what_is_there_is_not_replaced_unasked(name: str, tmp_path: Path) -> None:
     path = written(name, tmp_path)
     assert written(name, tmp_path) == path  # what has the same bytes is written
-    state, file = read(name, path), tensors_file(name, path)
+    state, file = written_state(name), tensors_file(name, path)
     file.write_bytes(b"other")
     with refused(li.FormatError, str(path), "overwrite=True"):
         written(name, tmp_path)
@@ -312,7 +316,7 @@ def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
 # Damage ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", READ)
 def test_damaged_bytes_are_an_error_that_names_the_file_or_harmless(name, tmp_path) -> None:
     """A header that lies raises at once; nothing is allocated by what it says."""
     path = written(name, tmp_path)
@@ -329,31 +333,9 @@ def test_damaged_bytes_are_an_error_that_names_the_file_or_harmless(name, tmp_pa
             read(name, path)
 
 
-def load(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".gguf":
-        return {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(file).tensors}
-    return load_file(file)
-
-
 def store(file: Path, tensors: dict[str, Tensor]) -> None:
-    if file.suffix == ".gguf":
-        store_gguf(file, tensors)
-        return
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     save_file(contiguous, file, metadata(file))
-
-
-def store_gguf(file: Path, tensors: dict[str, Tensor]) -> None:
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 5.0)
-    for key, tensor in tensors.items():
-        writer.add_tensor(key, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def a_matrix(tensors: dict[str, Tensor]) -> str:
@@ -370,24 +352,24 @@ DAMAGE: Mapping[str, Callable[[dict[str, Tensor], str], dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", READ)
 def test_tensors_that_do_not_fit_are_an_error(name: str, damage: str, tmp_path: Path) -> None:
     if (name, damage) == ("loralib", "mixed"):
         pytest.skip("what is not a pair is a trained tensor there")
     path = written(name, tmp_path)
     file = tensors_file(name, path)
-    tensors = load(file)
+    tensors = load_file(file)
     store(file, DAMAGE[damage](tensors, a_matrix(tensors)))
     with refused(li.FormatError, str(path)):
         read(name, path)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", READ)
 def test_nan_is_read_and_not_handed_on(name: str, tmp_path: Path) -> None:
     """`inspect` has to see it; whoever converts is told where it is."""
     path = written(name, tmp_path)
     file = tensors_file(name, path)
-    tensors = load(file)
+    tensors = load_file(file)
     key = a_matrix(tensors)
     tensors[key] = tensors[key].clone()
     tensors[key][0, 0] = torch.nan
@@ -423,6 +405,13 @@ def test_files_that_are_not_read_are_told_what_to_do_instead(file: str, tmp_path
     for path in (tmp_path, tmp_path / file):
         with refused(li.FormatError, str(path), NOT_READ[file]):
             li.read_adapter(path)
+
+
+def test_a_file_of_llama_cpp_is_told_to_be_written_only(tmp_path: Path) -> None:
+    path = written("gguf", tmp_path)
+    for options in ({}, {"format": "gguf"}, {"config": LLAMA}):
+        with refused(li.FormatError, str(path), "PEFT folder that it was converted from"):
+            li.read_adapter(path, **options)
 
 
 # The folder of PEFT ------------------------------------------------------------------------------
