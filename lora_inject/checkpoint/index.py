@@ -30,7 +30,7 @@ _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_DEPTH = 2  # folders inside, of other files
 QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Files in which GPTQ and AWQ describe a quantized checkpoint; wrong for plain floats."""
+"""Files that describe a quantized checkpoint beside its config; wrong for plain floats."""
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md", ".yaml", ".yml"}
 _SUFFIXES |= {".tiktoken", ".bpe", ".spm", ".vocab"}
 _NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")

@@ -1,7 +1,7 @@
 """The formats of quantized tensors of a checkpoint: values read row by row, and encoded again.
 
 A quantized tensor is stored as several tensors, its parts: codes, scales, tables. Supported are
-bitsandbytes' 4 bits, float8 with scales, NVFP4, the MXFP4 experts of GPT-OSS, GPTQ and AWQ.
+bitsandbytes' 4 bits, float8 with scales, NVFP4, and the MXFP4 experts of GPT-OSS.
 `quantized_base` finds them in the files.
 """
 
@@ -28,7 +28,6 @@ from lora_inject.experts import stack_formats
 MAX_FLOAT8 = 448.0  # of e4m3
 MAX_FLOAT4 = 6.0  # of e2m1
 NVFP4_GROUP = 16
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the places in a word of eight neighbors
 
 Rows = Callable[[int, int], Tensor]
 """Function of `(start, stop)` to float32 rows `(stop - start, cols)` of a tensor's matrix."""
@@ -254,71 +253,6 @@ class Mxfp4(Packed):
             values = stack_formats.Mxfp4Stack().values({"codes": codes, "scales": scales})
             pieces.append(values.t()[first % 32 :][: last - first])
         return torch.cat(pieces)
-
-
-@dataclass(frozen=True)
-class PackedWords(Packed):
-    """GPTQ and AWQ: `W = (q - z) * s`, rounded to the dtype of the scales as gptqmodel does.
-
-    Integers are packed into words of 32 bits, with a scale and a zero for each group. The weight is
-    transposed: `qweight` (in, out), `qzeros` and `scales` (groups, out). GPTQ packs `qweight` along
-    the inputs, and AWQ along the outputs; both pack `qzeros` along the outputs.
-
-    Source: `gptqmodel/nn_modules/qlinear/__init__.py`, dequantize_weight, and
-    `awq/utils/packing_utils.py`, dequantize_gemm.
-    """
-
-    method: str  # gptq or awq
-    bits: int
-    size: int  # inputs in a group, if there is no part `groups` (`g_idx`)
-    less_one: bool  # whether 1 was subtracted from the zeros
-    title = "GPTQ or AWQ"
-
-    @property
-    def form(self) -> str:  # noqa: D102
-        return self.method
-
-    def rows(self) -> Rows:
-        """Return the function that reads values; the parts are in memory, as rows are columns."""
-        return partial(self.values, rows_in_memory({role: self.part(role) for role in self.parts}))
-
-    def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
-        n_in, n_packed = self.shape[1], 32 // self.bits if self.method == "awq" else 1
-
-        def columns(role: str, first: int, last: int) -> Tensor:
-            n_rows, n_cols = self.parts[role].shape
-            return part(role, n_cols, 0, n_rows)[:, first:last]
-
-        words = columns("codes", start // n_packed, -(-stop // n_packed))
-        if n_packed == 1:
-            codes = self._codes(words.t())
-        else:
-            codes = self._codes(words)[:, start % n_packed :][:, : stop - start].t()
-        groups = torch.arange(n_in, device="cpu") // self.size
-        if "groups" in self.parts:
-            groups = part("groups", n_in, 0, 1)[0].long()
-        scales = columns("scales", start, stop)
-        zeros = self._zeros(columns("zeros", 0, self.parts["zeros"].shape[1]))[:, start:stop]
-        z, s = (t.t()[:, groups] for t in (zeros, scales))
-        return ((codes - z) * s.float()).to(scales.dtype).float().contiguous()
-
-    def wraps(self) -> bool:
-        """Return whether programs differ on the zeros: 1 more than some needs a further bit."""
-        return self.less_one and bool((self._codes(self.part("zeros")) == 2**self.bits - 1).any())
-
-    def _zeros(self, words: Tensor) -> Tensor:
-        if self.less_one:  # in whole words, as it was subtracted
-            words = words + sum(1 << at for at in range(0, 32, self.bits))
-        return self._codes(words)
-
-    def _codes(self, words: Tensor) -> Tensor:
-        """Unpack words `(n, m)` to codes `(n, m * 32 / bits)`."""
-        places = _AWQ_ORDER if self.method == "awq" else range(32 // self.bits)
-        shifts = torch.tensor(
-            [self.bits * place for place in places], dtype=torch.int32, device="cpu"
-        )
-        codes: Tensor = words[..., None] >> shifts & 2**self.bits - 1
-        return codes.flatten(1)
 
 
 def float4_codes(values: Tensor) -> Tensor:

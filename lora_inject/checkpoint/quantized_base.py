@@ -19,7 +19,6 @@ from lora_inject.checkpoint.packed import (
     Mxfp4,
     Nvfp4,
     Packed,
-    PackedWords,
 )
 from lora_inject.core.files.safetensors_file import DTYPE_BITS, TensorEntry
 from lora_inject.core.files.strict_json import parse_json
@@ -54,7 +53,8 @@ def why_no_update(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, st
             if found is None and entry.dtype not in _PACKED_DTYPES:
                 continue
             if found is None:
-                return f"'{name}' is quantized: it is stored as {entry.dtype}", remedy
+                problem = f"'{name}' is quantized: {_stored_as(checkpoint, entry)}"
+                return problem, f"{remedy}{_tool(checkpoint, entry)}"
             remedy += ", or write the merged one in 16 bits (--dequantize bfloat16)"
             remedy += " or in its own format (--requantize)" if found[1].written else ""
             return f"'{name}' is quantized: {found[1].title}", remedy
@@ -69,9 +69,10 @@ def unpacked(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     """
     packed = dict(filter(None, (_recognized(checkpoint, entry) for entry in checkpoint)))
     parts = {part.name for weight in packed.values() for part in weight.parts.values()}
-    for entry in checkpoint if dtype is not None else ():
+    for entry in checkpoint if dtype is not None or not packed else ():
         known = entry.name in parts or len(entry.shape) < 2 or entry.dtype not in _PACKED_DTYPES
-        _check(entry, known, f"it is stored as {entry.dtype}, without scales that are known")
+        problem = f"{_stored_as(checkpoint, entry)}, without scales that are known"
+        _check(entry, known, problem, _tool(checkpoint, entry))
     if not packed:
         asked = f"{'re' if dtype is None else 'de'}quantize '{checkpoint.folder}'"
         remedy = f"Leave it out, or write every float tensor so: dtype={dtype or 'bfloat16'!r}"
@@ -87,7 +88,7 @@ def _recognized(checkpoint: Checkpoint, entry: TensorEntry) -> Found:
     """Return the weight whose codes a tensor is, in the first format that knows it."""
     said = checkpoint.config.get("quantization_config")
     settings = said if isinstance(said, dict) else {}
-    for way in (_four_bit, _nvfp4, _float8, _mxfp4, _words):
+    for way in (_four_bit, _nvfp4, _float8, _mxfp4):
         if (found := way(checkpoint, entry, settings)) is not None:
             return found
     return None
@@ -190,49 +191,6 @@ def _mxfp4(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found:
     return name, Mxfp4(checkpoint.path_of, (n_experts, n_groups * 32, n_out), parts)
 
 
-def _words(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found:
-    """Recognize a weight of GPTQ or AWQ, whose codes lie side by side in 32-bit words."""
-    layouts = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}  # the first one if unsaid
-    module, method = entry.name.removesuffix("qweight"), str(said.get("quant_method"))
-    if module == entry.name or method not in layouts:
-        return None
-    is_awq = method == "awq"
-    spoken = (said.get(key) for key in ("checkpoint_format", "version", "format"))
-    layout = str(next(filter(None, spoken), layouts[method][0])).lower()
-    _check(entry, layout in layouts[method], f"its {method} layout is '{layout}'")
-    parts = _beside(checkpoint, module, scales="scales", zeros="qzeros", groups="g_idx")
-    parts["codes"] = entry
-    matrices = [part.shape for role, part in parts.items() if role != "groups"]
-    good = len(matrices) == 3 and all(len(shape) == 2 and min(shape) > 0 for shape in matrices)
-    _check(entry, good, "its scales or zeros are missing, or no matrices")
-    (n_groups, n_out), bits = parts["scales"].shape, said.get("bits")
-    if said.get("dynamic"):  # layers differ, and only the zeros show this one's
-        bits = parts["zeros"].shape[1] * 32 // n_out
-    if type(bits) is not int or bits not in ((4,) if is_awq else (2, 4, 8)):
-        raise _misfit(entry, f"{method} has {bits} bits")
-    _check(entry, said.get("zero_point", True) is True, "it has no zeros")
-    n_in = entry.shape[0] if is_awq else entry.shape[0] * 32 // bits
-    size: Any = n_in if said.get("group_size") == -1 else said.get("group_size")
-    n_packed = n_out * bits // 32
-    due: Due = {"codes": ({"I32"}, (entry.shape[0], n_packed if is_awq else n_out))}
-    due |= {"zeros": ({"I32"}, (n_groups, n_packed)), "scales": (_FLOATS, (n_groups, n_out))}
-    if "groups" in parts:
-        due["groups"] = ({"I32"}, (n_in,))
-    _check_parts(entry, parts, due)
-    shape, less_one = (n_out, n_in), layout == "gptq"
-    words = PackedWords(checkpoint.path_of, shape, parts, method, bits, size, less_one)
-    if "groups" in parts:
-        groups = words.part("groups")
-        fits = not is_awq and 0 <= int(groups.min()) <= int(groups.max()) < n_groups
-    else:
-        fits = _are_counts([size], 1) and not said.get("desc_act") and -(-n_in // size) == n_groups
-    fits = fits and n_packed * 32 == n_out * bits
-    _check(entry, fits, "its parts do not fit each other")
-    same = said.get("sym") is True or "gptqmodel" in str(said.get("meta")) or not words.wraps()
-    _check(entry, same, "some zeros are the largest code, which programs read differently")
-    return f"{module}weight", words
-
-
 _ANY = frozenset(DTYPE_BITS)
 _FLOATS = frozenset(FORMAT_DTYPES.values())
 Due = dict[str, tuple[Collection[str], int | tuple[int, ...]]]
@@ -257,16 +215,40 @@ def _are_counts(values: Any, n: int) -> bool:
     return all(type(value) is int and 0 < value < 2**63 for value in values)
 
 
-def _check(entry: TensorEntry, fits: bool, problem: str) -> None:
+def _check(entry: TensorEntry, fits: bool, problem: str, tool: str = "") -> None:
     if not fits:
-        raise _misfit(entry, problem)
+        raise CheckpointError(
+            f"dequantize '{entry.name}'",
+            problem,
+            "Supported: 4 bits of bitsandbytes, float8 (e4m3) with scales, NVFP4 and MXFP4; "
+            f"merge into the 16-bit checkpoint that it was made from{tool}",
+        )
 
 
-def _misfit(entry: TensorEntry, problem: str) -> CheckpointError:
-    return CheckpointError(
-        f"dequantize '{entry.name}'",
-        problem,
-        "Supported: 4 bits of bitsandbytes, float8 (e4m3) with scales, NVFP4, MXFP4, GPTQ in "
-        "2, 4 and 8 bits, and AWQ (gemm) in 4; "
-        "merge into the 16-bit checkpoint that it was made from",
-    )
+# GPTQ and AWQ, which gptqmodel unpacks ----------------------------------------------------------
+
+_TOOLS = {"gptq": "dequantize_model", "awq": "dequantize_gemm"}
+"""The function of gptqmodel 7.7 that gives the floats of a method; that for models has other values
+for AWQ, whose codes it takes in another order."""
+
+
+def _method(checkpoint: Checkpoint, entry: TensorEntry) -> str | None:
+    """Return the method that packs codes into a layer's `qweight`, if gptqmodel knows it."""
+    said = checkpoint.config.get("quantization_config")
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    known = isinstance(method, str) and method in _TOOLS
+    return method if known and entry.name.endswith("qweight") else None
+
+
+def _stored_as(checkpoint: Checkpoint, entry: TensorEntry) -> str:
+    method = _method(checkpoint, entry)
+    return f"it is stored as {entry.dtype}{f' of {method.upper()}' if method else ''}"
+
+
+def _tool(checkpoint: Checkpoint, entry: TensorEntry) -> str:
+    """Return the way over plain floats, for the end of a remedy."""
+    method = _method(checkpoint, entry)
+    if method is None:
+        return ""
+    floats = "into its plain floats, which gptqmodel writes"
+    return f", or {floats} ({_TOOLS[method]})"

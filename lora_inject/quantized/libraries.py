@@ -215,7 +215,7 @@ class CompressedTensors(Library):
 class Kernel(WeightKind):
     """Whatever class of gptqmodel's family transformers loads: no nn.Linear, codes in buffers.
 
-    Each kernel packs in its own way, and the files in one: they are unpacked on disk.
+    Each kernel packs in its own way, which nothing here unpacks.
     """
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
@@ -234,8 +234,7 @@ class Kernel(WeightKind):
             remedy = 'Load the base with a kernel that trains (backend="auto_trainable")'
             return Reason(f"{name} is a kernel for inference", remedy)
         if verb in OF_VALUES:
-            remedy = "Merge on disk, lora-inject merge --dequantize, or onto the base in 16 bits"
-            return Reason(f"a {name} of gptqmodel is not unpacked in memory", remedy)
+            return Reason(f"a {name} of gptqmodel is not unpacked in memory")
         return super().why_not(verb, module, weight)
 
 

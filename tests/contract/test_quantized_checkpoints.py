@@ -75,61 +75,10 @@ def float8(block: Block, *shape: int) -> Packed:
     return Packed(tensors, values, said, again=True)
 
 
-def in_words(codes: Tensor, bits: int, *, is_awq: bool = False) -> Tensor:
-    """Pack each row into words of 32 bits."""
-    places = [0, 4, 1, 5, 2, 6, 3, 7] if is_awq else range(32 // bits)
-    words = [codes[:, i :: 32 // bits].long() << bits * place for i, place in enumerate(places)]
-    return sum(words, torch.zeros_like(words[0])).to(torch.int32).contiguous()
-
-
-def grouped(said: dict[str, Any], name: str, n_out: int, n_in: int) -> dict[str, Tensor]:
-    """A layer of random codes of GPTQ or AWQ, with its values as `name.weight`."""
-    torch.manual_seed(n_out)
-    bits, is_awq = said.get("true_bits", said["bits"]), said["quant_method"] == "awq"
-    size = n_in if said["group_size"] == -1 else said["group_size"]
-    v1 = not is_awq and said.get("checkpoint_format") != "gptq_v2"
-    codes = torch.randint(0, 2**bits, (n_in, n_out))
-    zeros = torch.randint(int(v1 and "meta" not in said), 2**bits, (n_in // size, n_out))
-    scales = (0.02 * torch.rand(n_in // size, n_out) + 0.01).half()
-    group = torch.arange(n_in) // size
-    group = group[torch.randperm(n_in)] if said.get("desc_act") else group
-    made = {"scales": scales, "qzeros": in_words(zeros, bits, is_awq=is_awq)}
-    if v1:
-        made["qzeros"] -= in_words(torch.ones(1, 32 // bits), bits)
-    if is_awq:
-        made["qweight"] = in_words(codes, bits, is_awq=True)
-    else:
-        made["qweight"] = in_words(codes.t(), bits).t().contiguous()
-        made["g_idx"] = group.int()
-    made["weight"] = ((codes - zeros[group]) * scales[group]).t().contiguous()
-    return {f"{name}.{end}": tensor for end, tensor in made.items()}
-
-
-def words(said: dict[str, Any], *left_out: str) -> Packed:
-    tensors = grouped(said, "q", 96, 128) | grouped(said, "v", 64, 32) | {"q.bias": torch.ones(96)}
-    values = {name: tensors.pop(name).float() for name in ("q.weight", "v.weight")}
-    kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    return Packed(kept, values, said)
-
-
-GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
-WORDS: dict[str, dict[str, Any]] = {
-    "gptq": GPTQ,
-    "gptq, 2 bits": {**GPTQ, "bits": 2, "checkpoint_format": "gptq"},
-    "gptq, 8 bits in one group": {**GPTQ, "bits": 8, "group_size": -1},
-    "gptq, act-order": {**GPTQ, "desc_act": True},
-    "gptq_v2": {**GPTQ, "checkpoint_format": "gptq_v2"},
-    "gptq, zeros of 0": {**GPTQ, "meta": {"quantizer": ["gptqmodel:7.7.0"]}},
-    "gptq, bits by layer": {**GPTQ, "bits": 2, "dynamic": {"q": {"bits": 4}}, "true_bits": 4},
-    "awq": AWQ,
-}
 FORMS: dict[str, Callable[[], Packed]] = {
     "fp8": lambda: float8((128, 128), 300, 200),
     "fp8, small blocks": lambda: float8((8, 16), 20, 40),
     "fp8, a large matrix": lambda: float8((128, 128), 1100, 1000),  # of several pieces
-    "gptq without groups": lambda: words(GPTQ, "v.g_idx"),
-    **{name: (lambda said=said: words(said)) for name, said in WORDS.items()},
 }
 
 
@@ -154,8 +103,6 @@ def test_a_packed_base_merges_into_plain_floats_on_request(form, shards, tmp_pat
         merge(base, [state], out, dequantize=name)
         wanted = {n: t.to(dtype) for n, t in dense(packed.values, (state, 1.0)).items()}
         wanted["norm.weight"] = torch.ones(8).bfloat16()
-        if "q.bias" in packed.tensors:
-            wanted["q.bias"] = packed.tensors["q.bias"]
         found = load_checkpoint(out)
         found["norm.weight"] = found["norm.weight"].bfloat16()  # which may be made as wide
         same_tensors(found, wanted, {"q.weight"})
@@ -265,6 +212,7 @@ def test_a_raw_parameter_keeps_its_name_though_packed_layers_have_such_names(tmp
 
 # What nothing here knows --------------------------------------------------------------------------
 
+WORDS = {"q.qweight": torch.zeros(8, 8).int(), "q.scales": torch.ones(2, 8).half()}
 INT8 = {"q.weight": torch.zeros(8, 8, dtype=torch.int8), "q.weight_scale": torch.ones(8)}
 FLOATS, AGAIN = {"dequantize": "bfloat16"}, {"requantize": True}
 UNKNOWN: dict[str, tuple[dict[str, Tensor], dict[str, Any], list[str]]] = {
@@ -274,6 +222,7 @@ UNKNOWN: dict[str, tuple[dict[str, Tensor], dict[str, Any], list[str]]] = {
     "nothing packed": ({}, FLOATS, ["dtype='bfloat16'"]),
     "nothing to pack": ({}, AGAIN, ["requantize"]),
 }
+TOOLS = {"gptq": "gptqmodel writes (dequantize_model", "awq": "gptqmodel writes (dequantize_gemm"}
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
@@ -287,30 +236,20 @@ def test_what_nothing_here_knows_is_refused_with_the_way_out(case: str, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "3 bits": ({**GPTQ, "bits": 3}, {}, "3 bits"),
-    "other bits than said": ({**GPTQ, "bits": 8}, {}, "parts"),
-    "an order that is missing": ({**GPTQ, "desc_act": True}, {"q.g_idx": None}, "parts"),
-    "groups beyond": (GPTQ, {"q.g_idx": torch.full((64,), 2).int()}, "parts"),
-    "no scales": (GPTQ, {"q.scales": None}, "scales"),
-    "zeros that overflow": (GPTQ, {"q.qzeros": torch.full((2, 4), -1).int()}, "zeros"),
-    "marlin": ({**GPTQ, "checkpoint_format": "marlin"}, {}, "'marlin'"),
-    "gemv": ({**AWQ, "version": "gemv"}, {}, "'gemv'"),
-    "no zeros": ({**AWQ, "zero_point": False}, {}, "zeros"),
-    "another method": ({**GPTQ, "quant_method": "auto-round"}, {}, "I32"),
-}
-
-
-@pytest.mark.parametrize("case", LAYOUTS)
-def test_words_of_other_layouts_are_refused_by_name(case: str, tmp_path: Path) -> None:
-    said, change, named = LAYOUTS[case]
-    tensors: dict[str, Any] = grouped({**said, "bits": 4, "group_size": 32}, "q", 32, 64)
-    del tensors["q.weight"]
-    tensors = {n: t for n, t in (tensors | change).items() if t is not None}
-    state, config = state_of(linear("q", 64, 32)), {"quantization_config": said}
-    with refused(li.CheckpointError, "'q.qweight'", named):
-        merged(tmp_path, tensors, state, config=config, dequantize="bfloat16")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("method", TOOLS)
+@pytest.mark.parametrize("site", ["q", "v"])
+def test_gptq_and_awq_are_refused_with_the_tool_that_unpacks_them(method, site, tmp_path) -> None:
+    """Their layers alone, but where all is to be dequantized."""
+    tensors = WORDS | {"v.weight": torch.zeros(8, 8)}
+    config = LLAMA | {"quantization_config": {"quant_method": method, "bits": 4}}
+    base = save_checkpoint(tmp_path / "base", tensors, config=config)
+    state = state_of(linear(site, 8, 8))
+    for options in ({}, FLOATS, AGAIN) if site == "q" else (FLOATS, AGAIN):
+        with refused(li.CheckpointError, f"I32 of {method.upper()}", TOOLS[method], "16-bit"):
+            merge(base, [state], tmp_path / "out", **options)
+    if site == "v":
+        merge(base, [state], tmp_path / "out")
+        hold_merged(tmp_path / "out", tensors, state)
 
 
 # Files of bitsandbytes ----------------------------------------------------------------------------
