@@ -1,4 +1,4 @@
-"""The same update in other shapes: other names and dtypes, slices and experts apart or joined."""
+"""The same update in other shapes: other names and dtypes, slices apart or joined."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.patterns import matching, named
+from lora_inject.core.spec.patterns import named
 from lora_inject.errors import StateError, check_type
 
 
@@ -246,64 +245,10 @@ def join(adapter: Adapter, name: str, sizes: Mapping[str, int]) -> AdapterState:
     return _joined(state, groups, put, asked, f"no site ends in {' or '.join(sizes)}")
 
 
-def split_experts(adapter: Adapter, pattern: str) -> AdapterState:
-    """Split stacks of experts: `experts.up` becomes `experts.0.up`, `experts.1.up`, ...
-
-    Args:
-        adapter: A value, or the path of its files.
-        pattern: Which sites, as in a config.
-
-    Returns:
-        A linear site for each expert.
-
-    Raises:
-        StateError: The pattern matches nothing, or a site that is not a stack.
-    """
-    asked = f"split_experts {pattern!r}"
-    state = _given(adapter, asked)
-    new = {}
-    for name in named(state.sites, [pattern], asked):
-        site = plain(state.sites[name], asked)
-        if site.spec.experts is None:
-            raise StateError(asked, f"'{name}' is not a stack of experts", "Match stacks only")
-        new[name] = reshape.split_stack(site)
-    return _with(state, new)
-
-
-def join_experts(adapter: Adapter, pattern: str, n: int) -> AdapterState:
-    """Join the sites of single experts to stacks: `experts.0.up`, ... become `experts.up`.
-
-    Args:
-        adapter: A value, or the path of its files.
-        pattern: Which modules hold numbered experts, as in a config.
-        n: How many experts there are; one without a site gets zeros.
-
-    Returns:
-        A site on a stacked parameter `(n, out, in)` for each kind of layer.
-
-    Raises:
-        StateError: No site is such an expert, or they do not fit on one stack.
-    """
-    asked = f"join_experts {pattern!r}"
-    state = _given(adapter, asked)
-    check_type(f"{asked}, pattern", pattern, str, "Give a regex for the end of a name")
-    check_type(f"{asked}, n", n, Integral, "Give the number of experts")
-    stacks: dict[str, dict[int, str]] = {}
-    for name in state.sites:
-        for number in re.finditer(r"\.(\d+)\.", name):
-            head, end = name[: number.start()], name[number.end() :]
-            if matching(pattern, [head], asked=asked, error=StateError):
-                stacks.setdefault(joined(head, end), {})[int(number[1])] = name
-    if over := [name for group in stacks.values() for e, name in group.items() if e >= n]:
-        raise StateError(asked, f"'{over[0]}' is beyond {n} experts", "Correct n")
-    put = partial(reshape.join_stack, n=n, asked=asked)
-    return _joined(state, stacks, put, asked, "no site is in a numbered module there")
-
-
 def _joined(
     state: AdapterState,
-    groups: Mapping[str, Mapping[Any, str]],
-    put: Callable[[str, Mapping[Any, SiteState]], SiteState],
+    groups: Mapping[str, Mapping[str, str]],
+    put: Callable[[str, Mapping[str, SiteState]], SiteState],
     asked: str,
     why: str,
 ) -> AdapterState:

@@ -317,22 +317,6 @@ def test_joined_parts_may_have_other_ranks_and_scales_and_wrong_widths_are_refus
         li.algebra.split(a, r"0\.q", {"a": 1, "b": 2})
 
 
-@pytest.mark.parametrize("kind", STACKS)
-def test_stacks_of_experts_are_split_and_joined_again(kind: str) -> None:
-    a = one(STACKS[kind], init="pissa")
-    apart = li.algebra.split_experts(a, r"moe\.up")
-    assert list(apart.sites) == [f"moe.{e}.up" for e in range(3)]
-    for e, part in enumerate(apart.sites.values()):
-        assert_close(effect(part), delta(a)[e])
-        assert part.spec.transposed == a.sites["moe.up"].spec.transposed, "it lies as in the stack"
-    assert_close(delta(li.algebra.join_experts(apart, "moe", 3)), delta(a))
-    fewer = li.algebra.join_experts(li.algebra.subset(apart, r"moe\.1\.up"), "moe", 3)
-    assert_close(delta(fewer)[1], delta(a)[1])
-    assert not delta(fewer)[[0, 2]].any()
-    with refused(li.StateError, "moe.2.up"):
-        li.algebra.join_experts(apart, "moe", 2)
-
-
 # ------------------------------------------------------------------------------------ combination
 
 
@@ -409,7 +393,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "more energy than all": (lambda: li.truncate(ONE, energy=1.5), ["energy"]),
     "an empty subset": (lambda: li.algebra.subset(ONE, "5"), ["'5'"]),
     "a name that is not there": (lambda: li.algebra.rename(ONE, {"et": "x"}), ["'et'"]),
-    "no stack": (lambda: li.algebra.split_experts(ONE, "fc"), ["h.0.fc"]),
     "a sum of DoRA": (lambda: DORA + DORA, ["h.0.fc", "'m'"]),
     "a multiple of DoRA": (lambda: 2 * DORA, ["h.0.fc", "'m'"]),
     "a truncation of DoRA": (lambda: li.truncate(DORA, rank=1), ["h.0.fc", "'m'"]),

@@ -18,7 +18,7 @@ from helpers.experts import SIZES, THREE, TURNED, experts
 from helpers.merging import load_checkpoint, merge, merged
 from helpers.quantized import quantized
 from helpers.refusals import refused
-from helpers.states import effect, linear, parameter, state_of
+from helpers.states import linear, parameter, state_of
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -203,20 +203,6 @@ def test_sglang_adds_shared_factors_to_the_bases_matrices(hidden: int, tmp_path:
     path = li.convert(tmp_path / "adapter", tmp_path / "a", "sglang", base=tmp_path / "base")
     added = as_sglang_loads_it(load_file(path / "adapter_model.safetensors"), 4)
     torch.testing.assert_close(added, [*due.values()], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("hidden", [8, 12])
-def test_a_stack_is_split_into_matrices_that_lie_as_in_it(hidden: int, tmp_path: Path) -> None:
-    model, _ = base_of(tmp_path / "base", hidden_size=hidden)
-    deltas = of_peft_018(model, tmp_path / "adapter")
-    value = li.read_adapter(tmp_path / "adapter", tensor_names=[*model.state_dict()])
-    for name, stack in deltas.items():
-        sites = li.algebra.split_experts(value, name).sites
-        for expert, delta in enumerate(stack):
-            site = sites[f"{MODULE}.{expert}.{name}"]
-            assert site.spec.weight_shape == delta.shape
-            update = effect(site).mT if site.spec.transposed else effect(site)
-            torch.testing.assert_close(update.float(), delta, rtol=1e-5, atol=1e-5)
 
 
 def test_pairs_for_vllm_of_one_matrix_of_a_stack_are_refused_by_name(tmp_path: Path) -> None:
