@@ -400,7 +400,7 @@ def diff(one: Adapter, two: Adapter) -> Difference:
         >>> from lora_inject.core.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> a = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
-        >>> difference = diff(a, a * 3.0)
+        >>> difference = diff(a, combine([a], [3.0]))
         >>> difference.equal, [round(n, 4) for n in difference.sites["fc"].norms]
         (False, [2.8284, 8.4853])
         >>> round(difference.distance, 4)

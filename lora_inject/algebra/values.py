@@ -1,7 +1,4 @@
-"""Sums of whole adapters as values, and what several must have in common.
-
-`AdapterState` has the operators; here is what they do.
-"""
+"""Sums of whole adapters as values, and what several must have in common."""
 
 from __future__ import annotations
 
@@ -31,18 +28,6 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import StateError, check_type, within
-
-
-def scaled(state: AdapterState, weight: float) -> AdapterState:
-    """Return an adapter whose update is multiplied by a number."""
-    check_type("multiply an adapter", weight, Real, "Give a number")
-    return weighted_sum([state], [float(weight)], f"{weight} * an adapter")
-
-
-def added(one: AdapterState, other: AdapterState, weight: float) -> AdapterState:
-    """Return an adapter plus 1 or -1 times another."""
-    asked = "add adapters" if weight > 0 else "subtract adapters"
-    return weighted_sum([one, other], [1.0, weight], asked)
 
 
 def called(states: Sequence[Any]) -> list[str]:

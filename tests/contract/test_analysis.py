@@ -122,7 +122,7 @@ def test_figures_of_every_kind_beside_its_weight(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("size", "columns"), [(1e-4, 51), (0.02, 150), (0.5, 1), (0.5, 64)])
 def test_what_a_format_leaves_is_its_definition(size: float, columns: int, tmp_path: Path) -> None:
-    state = size * state_of(linear("fc", columns, 3, rank=3))
+    state = li.combine([state_of(linear("fc", columns, 3, rank=3))], [size])
     W = torch.randn(3, columns)
     save_checkpoint(tmp_path, {"fc.weight": W})
     rounded = analysis.analyze(state, tmp_path).weights["fc"].rounded

@@ -137,7 +137,7 @@ def test_rows_that_were_added_to_a_vocabulary_have_other_values_in_each_process(
 def test_what_the_adapter_trains_may_have_any_value_in_the_base() -> None:
     config = {**Q, "train": ["head"]}
     rows = li.adapter_state(li.inject(Net(), {**config, "tokens": {"table": [3]}}))
-    both = li.adapter_state(li.inject(Net(), config)) + li.adapter_state(li.inject(Net(), Q))
+    both = li.combine([li.adapter_state(li.inject(Net(), each)) for each in (config, Q)])
     for state in (rows, both):
         li.install(moved("head"), state)
 

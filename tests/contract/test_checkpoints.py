@@ -73,7 +73,7 @@ def test_several_adapters_of_weights_are_rounded_once_by_any_number_of_threads(
     tensors = llama_tensors(hidden=192, inner=160, vocab=256)  # a matrix of several blocks
     first, second = adapter_of(tensors), adapter_of(tensors, "proj", seed=2, rank=3)
     table = state_of(replace(EMBEDDING, layer=lambda: nn.Embedding(256, 192), n_out=192), size=0.3)
-    parts = [first * 0.7, second * -0.3, table]
+    parts = [li.combine([first], [0.7]), li.combine([second], [-0.3]), table]
     merged(tmp_path, tensors, *parts, shards=2, config=LLAMA, workers=workers)
     hold_merged(tmp_path / "out", tensors, (first, 0.7), (second, -0.3), table)
 

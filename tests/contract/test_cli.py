@@ -285,8 +285,8 @@ def test_extract_is_the_reverse_of_merge(run: Any, files: Path, tmp_path: Path) 
 @pytest.fixture
 def two(tmp_path: Path) -> list[tuple[Path, li.AdapterState]]:
     """Two adapters of one base on disk, and as values."""
-    states = {"one": state_of(SITES["linear"], SITES["conv1d"]) * 0.5}
-    states["two"] = -state_of(SITES["linear"])
+    states = {"one": li.combine([state_of(SITES["linear"], SITES["conv1d"])], [0.5])}
+    states["two"] = li.combine([state_of(SITES["linear"])], [-1])
     return [(li.write_adapter(state, tmp_path / name), state) for name, state in states.items()]
 
 

@@ -231,7 +231,7 @@ def test_parts_of_stacks_are_added_as_their_dense_deltas() -> None:
         li.inject(copy.deepcopy(plain), config(ALL | PARTS[part])) for part in ("only", "A")
     )
     both = li.install(
-        copy.deepcopy(plain), li.adapter_state(fill(one)) + li.adapter_state(fill(two))
+        copy.deepcopy(plain), li.combine([li.adapter_state(fill(net)) for net in (one, two)])
     )
     assert error(logits(both), logits(with_deltas(plain, one, two))) < EXACT
     other = li.inject(plain, config(ALL | {"only": [1, 2]}))

@@ -88,7 +88,7 @@ def test_what_stops_once_the_output_is_there_says_that_it_is_complete(
         "extract": ("extract", case.base, tuned, "--rank", 2, "--output", case.out),
     }[command]
     if there == "taken":
-        half, words = case.state * 0.5, (*words, "--overwrite")
+        half, words = li.combine([case.state], [0.5]), (*words, "--overwrite")
         merge(case.base, [half], case.out) if command == "merge" else li.write_adapter(
             half, case.out
         )

@@ -321,7 +321,7 @@ def test_files_of_bitsandbytes_merge_as_the_live_model_does(form: str, tmp_path:
     assert row.dtype == ("int8" if form == "int8" else form[:3])
     assert row.kept == pytest.approx(share_kept(found, W, exact), rel=SUMS)
     with refused(li.CheckpointError, "'0.weight'", "--dequantize"):
-        merge(base, [state * 1e-3], tmp_path / "no", requantize=True, min_kept=0.9)
+        merge(base, [li.combine([state], [1e-3])], tmp_path / "no", requantize=True, min_kept=0.9)
     assert not (tmp_path / "no").exists()
 
 

@@ -263,7 +263,7 @@ def test_a_value_whose_tensors_are_not_what_it_says_is_refused(lie: str, tmp_pat
     for model, call in (
         (plain, lambda: li.install(plain, false)),
         (net, lambda: li.swap_adapter(net, false)),
-        (None, lambda: false * 0.5),
+        (None, lambda: li.combine([false], [0.5])),
         (None, lambda: li.truncate(false, rank=1)),
         (None, lambda: li.write_adapter(false, tmp_path / "a", "peft")),
         (None, lambda: li.write_adapter(false, tmp_path / "a", "native")),
@@ -368,7 +368,7 @@ def test_an_adapter_of_a_shared_layer_goes_to_each_of_its_names(targets, layout,
 COMPUTED: dict[str, Any] = {
     "renamed": lambda a: li.algebra.rename(li.algebra.rename(a, lambda n: f"x.{n}"), {"x": ""}),
     "truncated": lambda a: li.truncate(a, rank=2).state,
-    "added": lambda a: a + a,
+    "added": lambda a: li.combine([a, a]),
     "split and joined": lambda a: li.algebra.join(
         li.algebra.split(a, r"blocks\.0\.0"), "0", {"q": 2, "k": 3}
     ),

@@ -286,7 +286,7 @@ def test_what_a_slot_cannot_hold_is_refused_and_nothing_changed() -> None:
         with refused(li.FormatError, *names, model=model):
             li.swap_adapter(model, apart(base, 1, **changes), "slot")
     with refused(li.FormatError, "torch.float", model=model):
-        li.swap_adapter(model, apart(base, 1, rank=2) * 1e42, "slot")
+        li.swap_adapter(model, li.combine([apart(base, 1, rank=2)], [1e42]), "slot")
     with refused(li.FormatError, 'base="any"', model=model):
         li.swap_adapter(model, apart(tiny_llama(initializer_range=0.5), 1, rank=2), "slot")
 

@@ -23,22 +23,19 @@ from lora_inject.errors import FormatError, LoraInjectError, StateError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AdapterState(Comparable, Shown):
-    """An adapter as a value. It can be compared, copied, pickled and computed with.
+    """An adapter as a value. It can be compared, copied and pickled.
 
-    `a * 0.5`, `-a`, `a + b` and `a - b` scale and add updates of W exactly: ranks are concatenated,
-    and a frozen start (pissa, olora) becomes further ranks where sites are added. Results are new
-    values that share tensors with the old ones, without a config. The functions of the package
-    (`combine`, `truncate`, `diff`, `rename`, ...) do the rest. Values are equal if their contents
-    are: specs, config, fingerprint, and tensors with their dtypes. They cannot be hashed, since
-    tensors are mutable.
+    The functions of the package (`combine`, `truncate`, `diff`, `algebra.rename`, ...) compute with
+    it. Values are equal if their contents are: specs, config, fingerprint, and tensors with their
+    dtypes. They cannot be hashed, since tensors are mutable.
 
     Examples:
         >>> import torch
         >>> from lora_inject.core.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> a = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
-        >>> a + a * 0.5
-        AdapterState(1 site, rank 4, 0 trained tensors, 40 parameters)
+        >>> a
+        AdapterState(1 site, rank 2, 0 trained tensors, 20 parameters)
 
     Attributes:
         sites: Site name to its state, in the order of the model.
@@ -118,29 +115,3 @@ class AdapterState(Comparable, Shown):
                 problem = f"it holds {n:,} NaN or infinite values"
                 remedy = "Its training diverged; take an earlier checkpoint of the adapter"
                 raise error(where, problem, remedy)
-
-    def __mul__(self, weight: float) -> AdapterState:
-        """Scale the update; of A and B only the sign of B can change."""
-        from lora_inject.algebra.values import scaled  # noqa: PLC0415 - it works on this class
-
-        return scaled(self, weight)
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> AdapterState:
-        """Return the update with the opposite sign."""
-        return self * -1.0
-
-    def __add__(self, other: AdapterState) -> AdapterState:
-        """Add two updates of one base."""
-        from lora_inject.algebra.values import added  # noqa: PLC0415 - it works on this class
-
-        return added(self, other, 1.0)
-
-    def __sub__(self, other: AdapterState) -> AdapterState:
-        """Subtract the update of another adapter of the same base."""
-        from lora_inject.algebra.values import added  # noqa: PLC0415 - it works on this class
-
-        return added(self, other, -1.0)
-
-    __radd__, __rsub__ = __add__, __sub__  # of what is not an adapter: the same error
