@@ -121,11 +121,6 @@ COMMANDS = MappingProxyType(
         "schema": Command(
             "look", "Print the JSON Schema of a config, for editors.", "schema > schema.json"
         ),
-        "prove": Command(
-            "models",
-            "Store in ADAPTER what it does to a few texts, for verify-served.",
-            "prove sql-adapter --base gpt2 --probe 'SELECT name FROM users'",
-        ),
         "verify-served": Command(
             "models",
             "Say whether the server at URL computes with ADAPTER.",

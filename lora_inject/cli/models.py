@@ -1,4 +1,4 @@
-"""Commands that run a model, or ask a server: `search`, `profile`, `prove`, `verify-served`."""
+"""Commands that run a model, or ask a server: `search`, `profile`, `verify-served`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_inject.errors import FormatError
 from lora_inject.experts.profile import profile_experts
 from lora_inject.formats.exchange import write_adapter
 from lora_inject.formats.pairs import DTYPES
-from lora_inject.serving import storing, verifying
+from lora_inject.serving import verifying
 from lora_inject.trials.search import Search
 from lora_inject.trials.search import search as searched
 from lora_inject.trials.space import Space
@@ -131,54 +131,6 @@ def profile(
         covered = 100 * counts.covered(share)
         say(f"top: {share:g} of each stack gets {covered:.0f} % of the choices")
     note(f"wrote {counts.write(output)}")
-
-
-def prove(
-    adapter: options.AdapterPath,
-    *,
-    base: Annotated[
-        Path, Option(help="Folder or name of ADAPTER's base, a causal language model.")
-    ],
-    probe: Annotated[
-        list[str] | None,
-        Option(metavar="TEXT", help="A short text on which ADAPTER acts; may be repeated."),
-    ] = None,
-    data: Annotated[Path | None, Option(help=f"Or rows: {ROWS}")] = None,
-    dtype: Annotated[
-        options.Dtype | None, Option(help="Dtype to compute in. (default: as the base's files)")
-    ] = None,
-    device: Device = "cpu",
-    reading: options.ReadOptions,
-    output: options.Output,
-) -> None:
-    """The first 32 tokens of 8 texts are used.
-
-    The tensors stay as they are, and other programs read ADAPTER as before.
-    """
-    texts = _texts(probe, data)
-    [how] = reading.options([adapter])
-    storing.check_room(adapter)
-    model, tokenizer = rows_of.loaded_model(options.model_folder(base), device, dtype or "auto")
-    stored = storing.store_proof(adapter, model, (texts, tokenizer), **how)
-    output.show(stored)
-    if stored.replaced:
-        note("it replaced a proof that was there")
-    if not stored.knows_base:
-        note("the file does not say on which base it was made: --base was taken for it")
-    note(f"to verify: lora-inject verify-served URL {adapter}")
-
-
-def _texts(probe: list[str] | None, data: Path | None) -> list[str]:
-    """Return the texts that were given, by one of two options."""
-    if (probe is None) == (data is None):
-        raise BadParameter("say on which texts: --probe TEXT, or --data FILE")
-    if data is not None:
-        return [prompt + completion for prompt, completion in rows_of.rows_of_file(data)]
-    for text in probe or ():
-        if len(text) < 256 and Path(text).is_file():
-            problem = f"'{text}' is a file, and a text is due; give its rows as --data {text}"
-            raise BadParameter(problem, param_hint="--probe")
-    return [*(probe or ())]
 
 
 def verify_served(

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Annotated, Self
 
 import torch
@@ -136,24 +135,15 @@ def read_proof(path: str | PathLike[str], asked: str) -> Proof:
     Raises:
         FormatError: There is no such file, it holds no proof, or the proof was edited.
     """
-    file = proof_file(user_path(asked, path), asked)
-    return parse_proof(read_names(file)[1], f"{asked}, '{file}'")
-
-
-def proof_file(path: Path, asked: str) -> Path:
-    """Return the safetensors file of an adapter, whose header has room for a proof.
-
-    Raises:
-        FormatError: There is none.
-    """
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    place = user_path(asked, path)
+    file = place / "adapter_model.safetensors" if place.is_dir() else place
     if not is_safetensors(file):
-        problem = f"there is no safetensors file at '{path}'"
+        problem = f"there is no safetensors file at '{place}'"
         raise FormatError(asked, problem, "Give what save_adapter(model, path, probe=...) wrote")
-    return file
+    return _parse(read_names(file)[1], f"{asked}, '{file}'")
 
 
-def parse_proof(metadata: Mapping[str, str], asked: str) -> Proof:
+def _parse(metadata: Mapping[str, str], asked: str) -> Proof:
     """Read a proof from the metadata of a file, strictly."""
     if KEY not in metadata:
         remedy = "Save the adapter with one: save_adapter(model, path, probe=batch)"

@@ -18,10 +18,8 @@ from helpers.models import Net, tiny_llama
 from helpers.refusals import refused
 from helpers.servers import Letters, Served, serving
 from helpers.states import metadata, tensors_of
-from helpers.training import llama_folder
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_inject as li
 
@@ -330,65 +328,3 @@ def test_an_edited_proof_is_refused(case: str, saved: Path, tmp_path: Path) -> N
     save_file(tensors, file, said | {"lora_inject.proof": json.dumps(plain)})
     with refused(li.LoraInjectError, named):
         li.verify_loaded(build(), source=path)
-
-
-# ---------------------------------------------------- `prove`: an adapter saved without a proof
-
-TEXT = "SELECT name FROM users"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return llama_folder(tmp_path_factory.mktemp("base") / "tiny")
-
-
-def of_base(base: Path) -> Any:
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    return fill(li.inject(model, CONFIG), std=0.2)
-
-
-def test_prove_stores_the_proof_that_saving_stores(run, base: Path, tmp_path: Path) -> None:
-    texts = [TEXT, "1 and 1 is 2"]
-    adapter = li.save_adapter(of_base(base), tmp_path / "sql")
-    before = (adapter / "adapter_model.safetensors").read_bytes()
-    other = llama_folder(tmp_path / "other" / "tiny", initializer_range=0.1)
-    for folder, options, code, named in (
-        (other, ("--probe", TEXT), 1, "another base"),
-        (base, (), 2, "--probe TEXT"),
-    ):
-        ran = run("prove", adapter, "--base", folder, *options)
-        assert (ran.code, named in ran.err) == (code, True), ran.err
-        assert (adapter / "adapter_model.safetensors").read_bytes() == before
-    done = run("prove", adapter, "--base", base, "--probe", texts[0], "--probe", texts[1])
-    assert "stored: 32 log-probabilities of 2 texts" in done.out, done.err
-    probe = (texts, AutoTokenizer.from_pretrained(base))
-    due = li.save_adapter(of_base(base), tmp_path / "due", probe=probe)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (adapter / name).read_bytes() == (due / name).read_bytes(), name
-    model = of_base(base)
-    assert li.verify_loaded(model, source=adapter).ok
-    assert li.verify_loaded(li.activate(model, None), source=adapter).word == "without"
-
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "1 and 1 ", "completion": "is 2"}\n{"text": "2 is a number"}\n')
-    second = json.loads(run("prove", adapter, "--base", base, "--data", rows, "--json").out)
-    assert (second["prompts"], second["values"]) == (2, 11 + 12)
-    assert (second["replaced"], second["knows_base"]) == (True, True)
-    proof = json.loads(metadata(tensors_of(adapter))["lora_inject.proof"])
-    assert len(proof["prompts"]) == 2
-
-
-@pytest.mark.filterwarnings("ignore")  # PEFT's own
-def test_an_adapter_of_peft_is_proven_and_peft_reads_it(run, base: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model = AutoModelForCausalLM.from_pretrained(base)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
-    card = (tmp_path / "theirs" / "README.md").read_bytes()
-    done = run("prove", tmp_path / "theirs", "--base", base, "--probe", TEXT)
-    assert "the file does not say on which base it was made" in done.err
-    assert (tmp_path / "theirs" / "README.md").read_bytes() == card
-    again = AutoModelForCausalLM.from_pretrained(base)
-    read = peft.PeftModel.from_pretrained(again, tmp_path / "theirs").eval()
-    assert li.verify_loaded(read, source=tmp_path / "theirs").ok

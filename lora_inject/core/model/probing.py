@@ -29,13 +29,7 @@ Prompts = Sequence[Sequence[int]]
 _REMEDY = "Give rows of token ids (a tensor or lists), or texts and their tokenizer"
 
 
-def take_proof(
-    survey: Injected,
-    name: str,
-    probe: Any,
-    format: str,  # noqa: A002
-    asked: str = "",
-) -> dict[str, str]:
+def take_proof(survey: Injected, name: str, probe: Any, format: str) -> dict[str, str]:  # noqa: A002
     """Return the proof of an adapter's behavior, as text for the header of a file.
 
     Args:
@@ -43,15 +37,18 @@ def take_proof(
         name: The adapter, which need not be active.
         probe: See `save_adapter`.
         format: What is written, whose files have to take such text.
-        asked: What asks, for the errors; by default saving it.
 
     Raises:
         StateError: The probe is none, has tokens that the model lacks, or is not changed by the
             adapter.
         FormatError: Files of the format hold no proof.
     """
-    asked = asked or f"save adapter {name!r}, probe"
-    refuse_without_room(format, asked)
+    asked = f"save adapter {name!r}, probe"
+    if "proof" not in options_of(format_of(format, asked).write):
+        problem = f"files of the format {format!r} hold no proof"
+        raise FormatError(
+            asked, problem, "Save it as 'peft', 'portable' or 'native' too, and keep that"
+        )
     proof = _measured(survey, name, prompts_of(probe, asked), asked)
     if proof.effect < 4 * proof.noise():
         problem = f"the adapter changes its outputs by {proof.effect:.2g}, and rounding in "
@@ -59,19 +56,6 @@ def take_proof(
         remedy = "Give inputs that it was trained for, or more of them; or leave the probe out"
         raise StateError(asked, problem, remedy)
     return {KEY: proof.to_text()}
-
-
-def refuse_without_room(format: str, asked: str) -> None:  # noqa: A002
-    """Refuse a format whose files hold no proof.
-
-    Raises:
-        FormatError: It is one of them.
-    """
-    if "proof" not in options_of(format_of(format, asked).write):
-        problem = f"files of the format {format!r} hold no proof"
-        raise FormatError(
-            asked, problem, "Save it as 'peft', 'portable' or 'native' too, and keep that"
-        )
 
 
 def _measured(survey: Injected, name: str, prompts: Prompts, asked: str) -> Proof:
