@@ -160,21 +160,6 @@ class ReadOptions:
             help="PEFT folders: accept this unknown field of adapter_config.json; may be repeated.",
         ),
     ] = None
-    alpha: Annotated[
-        float | None,
-        Option(help="loralib files: the lora_alpha of the layers, which the file lacks."),
-    ] = None
-    allow_pickle: Annotated[bool, Option(help="Read a pickle, as tensors only.")] = False
-    fan_in_fan_out: Annotated[
-        bool, Option("--fan-in-fan-out", help="loralib files: the layers' weights are (in, out).")
-    ] = False
-    enable_lora: Annotated[
-        str | None,
-        Option(
-            metavar="FLAGS", help="loralib files: enable_lora of the fused layers, such as 1,0,1."
-        ),
-    ] = None
-
     component: Annotated[
         str | None,
         Option("--from-component", help="Pipelines: the part to read from a file with several."),
@@ -202,15 +187,8 @@ class ReadOptions:
 
     def _given(self) -> dict[str, Any]:
         """Return the options that were given, as `read_adapter` takes them."""
-        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        given = {name: value for name, value, default in values if value not in (default, [])}
-        if self.enable_lora is not None:
-            flags = self.enable_lora.split(",")
-            if set(flags) - {"0", "1"}:
-                problem = f"{self.enable_lora!r} is not a list of 0 and 1, such as 1,0,1"
-                raise BadParameter(problem, param_hint="--enable-lora")
-            given["enable_lora"] = [flag == "1" for flag in flags]
-        return given
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in values if value not in (None, [])}
 
     def read(
         self, paths: Sequence[Path], base: Checkpoint | None = None, **more: Any

@@ -67,7 +67,7 @@ def read(
             are missing or do not fit.
     """
     if alpha is None or not 0 < alpha < float("inf"):
-        remedy = "Pass alpha=..., the layers' lora_alpha"
+        remedy = "Read it in Python: li.read_adapter(path, alpha=...), with the layers' lora_alpha"
         raise FormatError("", "loralib files do not hold alpha", remedy)
     if enable_lora is not None and sum(enable_lora) < 2:
         problem = "a fused layer with one part in enable_lora looks like a plain layer"

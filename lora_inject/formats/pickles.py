@@ -28,7 +28,8 @@ def read_pickle(path: Path, *, allow: bool) -> dict[str, Tensor]:
     if not path.is_file():
         raise FormatError("", f"there is no file '{path.name}'", "Check the path")
     if not allow:
-        remedy = "Pass allow_pickle=True where you trust it; only tensors are built from it"
+        remedy = "Where you trust it, save its tensors with safetensors.torch.save_file; one of "
+        remedy += "loralib is read in Python with allow_pickle=True, as tensors only"
         raise FormatError("", f"'{path.name}' is a pickle", remedy)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)

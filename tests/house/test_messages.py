@@ -59,7 +59,7 @@ def adding_adapters_of_two_bases(folder: Path) -> None:
             li.inject(model, Q)
             li.adapter_parameters(model)["layers.0.q_proj.lora_B"][3] = 1.0
         states.append(li.adapter_state(model))
-    states[0] + states[1]
+    li.combine(states)
 
 
 def saving_what_training_left_out(folder: Path) -> None:
