@@ -127,8 +127,8 @@ COMMANDS = MappingProxyType(
             "verify-served http://localhost:8000 sql-adapter --model sql",
         ),
         "doctor": Command(
-            "look",
-            "List what this environment has and what it lacks.",
+            "doctor",
+            "Print the system and the versions of packages, for an issue.",
             "doctor --json > environment.json",
         ),
     }

@@ -1,4 +1,4 @@
-"""Commands that change nothing: `plan`, `advise`, `inspect`, `analyze`, `schema`, `doctor`."""
+"""Commands that change nothing: `plan`, `advise`, `inspect`, `analyze`, `schema`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.resolve import resolve
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.exchange import FORMATS
-from lora_inject.serving.doctor import diagnose
 from lora_inject.trials.advise import MOST, advised, remarks
 
 
@@ -157,14 +156,3 @@ def analyze(
 
 def schema() -> None:
     print_json(json_schema())
-
-
-def doctor(
-    *,
-    imports: Annotated[
-        bool, Option(help="Import each package too (seconds), and say which cannot be imported.")
-    ] = False,
-    output: options.Output,
-) -> None:
-    """Packages and features by name and version, for an issue. Nothing is sent anywhere."""
-    output.show(diagnose(imports=imports))

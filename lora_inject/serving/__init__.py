@@ -1,1 +1,1 @@
-"""From the trainer to the server: proof that an adapter is there; what an environment has."""
+"""From the trainer to the server: proof that an adapter is there; an adapter in memory."""
