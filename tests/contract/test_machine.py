@@ -218,9 +218,9 @@ def refused_value(how: str, parts: list[Adapter]) -> tuple[bool, bool]:
 
 def computed_value(how: str, values: list[Any], factor: float) -> Any:
     if how == "scale":
-        return values[0] * factor
+        return li.combine(values[:1], [factor])
     if how == "add":
-        return values[0] + values[-1]
+        return li.combine([values[0], values[-1]])
     if how == "truncate":
         return li.truncate(values[0], energy=1.0).state
     return li.combine(values, method="svd", rank=20)
