@@ -209,6 +209,23 @@ def test_gradients_of_each_sample_are_those_of_one_backward_for_each(kind: str) 
                 assert error(grads[name][i], gradient) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("kind", [*OF_EACH_WAY, "equal slices"])
+@pytest.mark.parametrize("by", ["is_grads_batched", "vmap"])
+def test_a_batch_of_gradients_is_one_backward_for_each(kind: str, by: str) -> None:
+    """As `functional.jacobian(vectorize=True)` asks for them."""
+    model, row = injected(KINDS[kind], torch.float64), KINDS[kind]
+    y = model(*row.inputs(torch.float64))
+    leaves, gs = list(li.adapter_parameters(model).values()), torch.randn(3, *y.shape).double()
+
+    def backward(g: Tensor, **more: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, leaves, g, retain_graph=True, **more)
+
+    found = torch.vmap(backward)(gs) if by == "vmap" else backward(gs, is_grads_batched=True)
+    for one, each in zip(found, zip(*map(backward, gs), strict=True), strict=True):
+        assert error(one, torch.stack(each)) < 1e-12
+
+
 @pytest.mark.parametrize("kind", OF_EACH_WAY)
 def test_forward_mode_is_right_or_refused(kind: str) -> None:
     model = injected(KINDS[kind], torch.float64)

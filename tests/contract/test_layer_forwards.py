@@ -153,6 +153,29 @@ def test_rows_of_a_nested_tensor(layout: torch.layout) -> None:
         model(nested)
 
 
+SPARSE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "slices": {"slices": ["q", "v"], "adapt": ["v"]},
+    "dropout": {"dropout": 0.5},
+    "gain": {"variant": "dora"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("layout", ["sparse", "sparse_csr", "sparse_csc"])
+@pytest.mark.parametrize("options", SPARSE)
+def test_a_sparse_input_is_the_dense_one(options: str, layout: str) -> None:
+    """Bags of words and one-hot features, which `nn.Linear` takes."""
+    _, model = made(lambda: nn.Linear(N, N), targets=[{"match": "layer", **SPARSE[options]}])
+    trained, x = list(li.adapter_parameters(model).values()), X.clone()
+    x[..., ::2] = 0
+    sparse = getattr(x, f"to_{layout}")()
+    assert model(sparse).shape == x.shape
+    model.eval()
+    both = [(y := model(t), *torch.autograd.grad(y.sum(), trained)) for t in (x, sparse)]
+    assert all(error(one, other) < 1e-12 for one, other in zip(*both, strict=True))
+
+
 STOCK: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "linear": (lambda: nn.Linear(5, 4), torch.linspace(-1, 1, 15).view(3, 5)),
     "embedding": (lambda: nn.Embedding(5, 4), torch.tensor([0, 3, 1])),

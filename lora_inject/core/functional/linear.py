@@ -1,7 +1,7 @@
 """A frozen linear layer and its low-rank updates: `y = x W^T + b + sum of s (drop(x) A^T) B^T`.
 
-1. Where anything watches (a compiler, a trace, a transform, a dispatch mode), it is the formula in
-   plain operations (`plain_operations`).
+1. Where anything watches (a compiler, a trace, a transform, a dispatch mode), or x is sparse, it is
+   the formula in plain operations (`plain_operations`).
 2. Else, with gradients, it is one autograd Function. It keeps x, which the frozen layers around it
    keep too, `h = x A^T`, which is thin, and which elements were dropped. It casts the thin factors
    and never x, unless the low-rank arithmetic is wider than x.
@@ -63,7 +63,7 @@ def linear(
         >>> torch.allclose(y, x @ (W + 0.5 * B @ A).T, atol=1e-5)
         True
     """
-    if not runs_plainly():
+    if not runs_plainly() or x.layout is not torch.strided:
         y = frozen_output(x, weight, bias, transposed)
         return add_updates(y, x, updates, float32=float32)
     # Autocast changes only what is computed in another dtype than y's; to ask for it is slow.
@@ -213,16 +213,17 @@ def _of_update(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of A and B as far as they are needed; add that of x to `gx` in place."""
     h, A, B, mask = kept
-    gh, gA, gB, scale = torch.empty_like(h), None, None, u.scale / (1 - u.dropout)
+    # Made of g, and never by `out=`: g may be a batch of gradients (`is_grads_batched`).
+    gh, gA, gB, scale = g2.new_empty(h.shape), None, None, u.scale / (1 - u.dropout)
     for g_part, gh_part, B_part in _parts(u, g2, gh, B):
-        torch.mm(g_part, B_part, out=gh_part)
+        gh_part.addmm_(g_part, B_part, beta=0)
     if needs[0]:
         inputs = cast(x2, g2.dtype)
         gA = _scaled_product(gh.t(), inputs if mask is None else inputs * mask, scale)
     if needs[1]:
-        gB = torch.empty_like(B)
+        gB = g2.new_empty(B.shape)
         for g_part, h_part, gB_part in _parts(u, g2, h, gB):
-            _scaled_product(g_part.t(), h_part, u.scale, out=gB_part)
+            gB_part.addmm_(g_part.t(), h_part, beta=0, alpha=u.scale)
     if gx is not None and mask is None:
         _add_product(gx, gh, A, scale)
     elif gx is not None and mask is not None:
@@ -252,7 +253,7 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor
     return y.addmm_(left, right, alpha=scale)
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Return `scale * left @ right` in one operation."""
     unread = left.new_empty(1, 1)  # as beta is 0
-    return torch.addmm(unread, left, right, beta=0, alpha=scale, out=out)
+    return torch.addmm(unread, left, right, beta=0, alpha=scale)

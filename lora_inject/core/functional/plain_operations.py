@@ -87,7 +87,9 @@ def embedding(
 
 def _dropped(x: Tensor, p: float) -> Tensor:
     """Drop elements in one operation; `F.dropout` is several, which write in place."""
-    return F.dropout(x, p) if x.is_nested else torch.native_dropout(x, p, True)[0]
+    if x.is_nested or x.layout is not torch.strided:  # torch drops no element of a sparse one
+        return F.dropout(x if x.is_nested else x.to_dense(), p)
+    return torch.native_dropout(x, p, True)[0]
 
 
 def plus_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
