@@ -62,6 +62,5 @@ from lora_inject.serving.verifying import verify_served as verify_served
 from lora_inject.trials.advise import advise as advise
 from lora_inject.trials.losses import causal_loss as causal_loss
 from lora_inject.trials.runs import Trials as Trials
-from lora_inject.trials.search import search as search
 from lora_inject.trials.trial import Trial as Trial
 from lora_inject.version import __version__ as __version__

@@ -11,8 +11,6 @@ from lora_inject.core.spec.config import Expect, Rule
 from lora_inject.core.spec.expert_profile import ExpertProfile
 from lora_inject.core.spec.plan import Plan
 from lora_inject.serving.verifying import Verdict
-from lora_inject.trials.search import Search
-from lora_inject.trials.space import Space
 
 __all__ = [
     "Expect",
@@ -22,8 +20,6 @@ __all__ = [
     "MergedFiles",
     "Plan",
     "Rule",
-    "Search",
     "SiteState",
-    "Space",
     "Verdict",
 ]

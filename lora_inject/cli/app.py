@@ -52,17 +52,6 @@ COMMANDS = MappingProxyType(
             "rate.",
             "advise gpt2 --budget 170k",
         ),
-        "search": Command(
-            "models",
-            "Find config and learning rate of SPACE for MODEL and your data.",
-            "search gpt2 space.yaml --data rows.jsonl --output found",
-        ),
-        "profile": Command(
-            "models",
-            "Count how often each expert of MODEL is chosen on your data, for only: and top: of a "
-            "rule.",
-            "profile olmoe --data rows.jsonl --output profile.yaml",
-        ),
         "inspect": Command(
             "look",
             "Show the sites, ranks, norms and non-finite values of ADAPTER.",
@@ -122,7 +111,7 @@ COMMANDS = MappingProxyType(
             "look", "Print the JSON Schema of a config, for editors.", "schema > schema.json"
         ),
         "verify-served": Command(
-            "models",
+            "servers",
             "Say whether the server at URL computes with ADAPTER.",
             "verify-served http://localhost:8000 sql-adapter --model sql",
         ),

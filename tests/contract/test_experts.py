@@ -16,7 +16,6 @@ from helpers.merging import load_checkpoint, merge, merged_model
 from helpers.reference import EXACT, RANK, SCALE, adapted, base_state, config, logits
 from helpers.refusals import refused
 from helpers.states import effect
-from helpers.training import tokenizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -451,17 +450,6 @@ def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> No
     for top, first, second in ((0.25, (0,), (3,)), (0.26, (0, 1), (2, 3))):
         plan = li.plan(two_layers(), config(ALL | {"only": str(tmp_path / "p"), "top": top}))
         assert [site.only for site in plan.sites] == [first, first, second, second]
-
-
-def test_the_command_writes_a_profile(tmp_path: Path, run: Any) -> None:
-    two_layers().save_pretrained(tmp_path)
-    tokenizer(tmp_path)
-    rows, output = tmp_path / "rows.txt", tmp_path / "profile.yaml"
-    rows.write_text("1 and 1 is 2\n2 is a number\n")
-    done = run("profile", tmp_path, "--data", rows, "--output", output, "--length", 6)
-    assert done.code == 0, done.err
-    counts = li.classes.ExpertProfile.from_yaml(output).experts.values()
-    assert [sum(each) for each in counts] == [2 * 2 * 6] * 2
 
 
 # -------------------------------------------------------------------------------------- refusals

@@ -272,7 +272,6 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
         ("inspect", no_file),
         ("merge", no_file, adapter, "-o", tmp_path / "out"),
         ("rename", adapter, "a=b", "--output", no_file),
-        ("profile", adapter, "--data", no_file, "--output", tmp_path / "out"),
     ):
         ran = run(*words)
         assert ran.code == 1

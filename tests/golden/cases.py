@@ -180,7 +180,7 @@ STATE_CONFIGS: dict[str, Any] = {
 }
 
 
-# Trials and a search -----------------------------------------------------------------------------
+# Trials ------------------------------------------------------------------------------------------
 
 
 def regression() -> nn.Module:
@@ -190,13 +190,6 @@ def regression() -> nn.Module:
 TRIALS = {
     "one": {"config": {"rank": 1, "targets": ["0"]}, "lr": 1e-2},
     "two": {"config": {"rank": 2, "targets": ["all-linear"], "dropout": 0.2}, "lr": 1e-3},
-}
-SPACE = {
-    "targets": {"both": ["all-linear"], "last": ["2"]},
-    "rank": 1,
-    "lr": [1e-3, 1e-2, 0.1],
-    "config": {"dropout": 0.2},
-    "budget": {"steps": 20},
 }
 
 

@@ -1,9 +1,9 @@
 """Files that an earlier version wrote mean today what they meant then.
 
 Each archive holds a base, an adapter or a state as files, and what came out of it. Commit 2678fc8
-wrote the files by a program that the history of this folder has, but those of trials and of a
-search, which were renewed once: they hold each trial's tensors and AdamW. Outputs are held to those
-that it computed, and to the dense reference in float64 of the tensors in the file.
+wrote the files by a program that the history of this folder has, but those of trials, which were
+renewed once: they hold each trial's tensors and AdamW. Outputs are held to those that it computed,
+and to the dense reference in float64 of the tensors in the file.
 """
 
 import shutil
@@ -59,7 +59,7 @@ def expected_output(path: Path) -> Tensor:
 
 def test_no_archive_is_left_unread() -> None:
     due = {archive("kinds", name) for name in KINDS} | {archive("cases", name) for name in CASES}
-    due |= {archive(n) for n in ("state dict", "trials", "search", "proof", "trainer")}
+    due |= {archive(n) for n in ("state dict", "trials", "proof", "trainer")}
     assert {*FILES.rglob("*.zip")} == due
 
 
@@ -168,29 +168,6 @@ def test_trials_that_were_saved_go_on_to_the_same_result(unpack: Unpack) -> None
         assert error(losses, held(path, "losses")[name]) < EXACT
         for key, tensor in li.adapter_parameters(model, name).items():
             assert error(tensor, held(path, f"tensors/{name}")[key]) < EXACT
-
-
-def test_an_interrupted_search_goes_on_to_the_same_result(unpack: Unpack) -> None:
-    path = unpack("search")
-    model = with_base(cases.regression(), path)
-    batches, held_out = ([*given] for given in held(path, "input").values())
-    given = {"loss": cases.squared, "forward": model, "folder": path / "folder"}
-    seen: list[int] = []
-    search = li.search(
-        model, cases.SPACE, batches, held_out, watch=lambda s: seen.append(len(s.rungs)), **given
-    )
-    assert 0 < seen.count(2) < search.rungs[1].steps
-    assert 1 not in seen  # the first rung was finished
-    for i, rung in enumerate(search.rungs):
-        wanted = held(path, f"held_out/{i}")
-        assert rung.held_out.keys() == wanted.keys()
-        for name, losses in rung.held_out.items():
-            assert error(torch.tensor(losses), wanted[name]) < EXACT
-    li.install(model, search.adapter, "found")
-    li.load_adapter(model, path / "best.safetensors", "best")
-    found, best = (li.adapter_parameters(model, name) for name in ("found", "best"))
-    for key, tensor in found.items():
-        assert error(tensor, best[key]) < EXACT
 
 
 def test_an_interrupted_run_of_trainer_goes_on_to_the_same_adapter(unpack: Unpack) -> None:

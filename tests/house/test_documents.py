@@ -113,8 +113,7 @@ def run_document(source: str, folder: Path) -> None:
                 same = same_output(shown.text if shown else "", printed)
                 assert same, f"the block at line {block.line} prints\n{printed}"
         elif block.language == "yaml":
-            schema = li.classes.Space if block.text.startswith("# space.yaml") else li.Config
-            schema.from_text(block.text, source=f"{source}:{block.line}")
+            li.Config.from_text(block.text, source=f"{source}:{block.line}")
         elif block.language == "console":
             texts[block] = ""
             for command, shown in commands(block):
