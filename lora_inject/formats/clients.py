@@ -2,7 +2,7 @@
 
 Each program is one function of the config and of the names and shapes of the tensors. Of values it
 reads only alphas; that all are finite is checked here. Anything that the program would refuse,
-ignore or scale differently is an objection with a remedy. `tests/interop/clients.py` runs the
+ignore or scale differently is an objection with a remedy. `scripts/interop/clients.py` runs the
 programs themselves and compares.
 
 Sources: vLLM 0.33, lora/peft_helper.py, lora/lora_model.py, lora/utils.py; SGLang 0.5.23,

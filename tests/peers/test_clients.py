@@ -36,7 +36,7 @@ def beside(name: str) -> li.AdapterState:
 
 LINEAR = {"vllm", "llama.cpp", "peft", "diffusers"}
 NOT_LLAMA_CPP = LINEAR - {"llama.cpp"}
-CASES: dict[str, tuple[li.AdapterState, set[str]]] = {  # who takes it; tests/interop/ asks
+CASES: dict[str, tuple[li.AdapterState, set[str]]] = {  # who takes it; scripts/interop/ asks
     "plain": (state_of(*PLAIN), LINEAR | {"sglang"}),
     "rslora": (alike(scaling="rslora"), NOT_LLAMA_CPP),
     "one alpha differs": (state_of(*PLAIN[:-1], LAST["alpha"]), NOT_LLAMA_CPP),

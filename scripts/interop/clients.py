@@ -1,8 +1,8 @@
 """What other programs make of this package's files, and whether `lora-inject check` foretells it.
 
-    python tests/interop/clients.py peft mlx                # installed beside this package
-    python tests/interop/clients.py comfyui --sources DIR     # from the program's sources
-    python tests/interop/clients.py vllm --only slices      # cases, or a base, with this word
+    python scripts/interop/clients.py peft mlx                # installed beside this package
+    python scripts/interop/clients.py comfyui --sources DIR     # from the program's sources
+    python scripts/interop/clients.py vllm --only slices      # cases, or a base, with this word
 
 Each case is an adapter on a tiny model with random weights in float32. The outputs of the program
 with our file are compared with those of this package; `check` must accept a file exactly if the
@@ -73,7 +73,7 @@ class Result:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("programs", nargs="+", help="names of files in tests/interop/programs")
+    parser.add_argument("programs", nargs="+", help="names of files in scripts/interop/programs")
     parser.add_argument("--sources", type=Path, help="sources of a program that is not installed")
     parser.add_argument("--only", default="", help="run cases, or a base, with this word")
     asked = parser.parse_args()

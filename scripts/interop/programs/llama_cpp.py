@@ -1,7 +1,7 @@
 """llama.cpp's runtime (llama-cpp-python), with files by llama.cpp's own converters and by us.
 
 pip install llama-cpp-python sentencepiece   # builds it: half an hour on one core
-python tests/interop/clients.py llama_cpp --sources UNPACKED_SDIST/vendor/llama.cpp
+python scripts/interop/clients.py llama_cpp --sources UNPACKED_SDIST/vendor/llama.cpp
 """
 
 from __future__ import annotations
