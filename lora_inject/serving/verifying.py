@@ -12,11 +12,13 @@ What computed values say about an adapter: with it, without it, scaled by k, or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,6 @@ from lora_inject.core.spec.tables import Report, wrapped
 from lora_inject.errors import ServerError, StateError, user_path
 from lora_inject.formats.pairs import DTYPES
 from lora_inject.formats.proof import Ahead, Proof, read_proof, rms
-from lora_inject.serving.completions import Rated, Server
 
 Word = Literal["with", "without", "scaled", "neither"]
 _SMALL = 10  # of the adapter's effect: what a tenth changes is no other adapter
@@ -228,7 +229,7 @@ def verify_served(
 
     It needs nothing but the adapter's file. The server has the completions interface of OpenAI and
     takes token ids as a prompt, as vLLM, SGLang and llama.cpp's llama-server do. Where it asks for
-    a key, `OPENAI_API_KEY` holds it.
+    a key, `OPENAI_API_KEY` holds it; the key is not sent on where the server redirects to another.
 
     Args:
         url: Of the server, such as `http://localhost:8000`.
@@ -243,26 +244,27 @@ def verify_served(
 
     Raises:
         FormatError: The file is not there, or holds no proof.
-        ServerError: The server does not answer, returns no log-probabilities, or has another
-            vocabulary.
+        ServerError: httpx is not installed; the server does not answer, returns no
+            log-probabilities, or has another vocabulary.
     """
     asked = f"verify what {url} serves"
     _check_dtype(dtype, asked)
     proof = read_proof(adapter, asked)
     place = user_path(asked, adapter)
-    server = Server.at(url, model, place.stem if place.is_file() else place.name, timeout)
-    rows = [server.rated_prompt(prompt) for prompt in proof.prompts]
-    what, notes = _WHAT, list[str]()
-    if all(rows):
-        residuals = _residuals(proof, _prompt_values(proof, rows, asked))
-    else:
-        what, notes = f"{_WHAT} of next tokens", [_NO_RATINGS]
-        parts = [_next_residuals(server, proof, ahead, asked) for ahead in proof.ahead]
-        residuals = [torch.cat([*each]) for each in zip(*parts, strict=True)]
-        if not len(residuals[0]):
-            problem = "it rates neither the tokens of a prompt nor the next one"
-            remedy = "Let the server return log-probabilities: logprobs=5 in /v1/completions"
-            raise ServerError(asked, problem, remedy)
+    with _Server.at(url, timeout) as server:
+        server.choose(model, near=place.stem if place.is_file() else place.name)
+        rows = [server.rated_prompt(prompt) for prompt in proof.prompts]
+        what, notes = _WHAT, list[str]()
+        if all(rows):
+            residuals = _residuals(proof, _prompt_values(proof, rows, asked))
+        else:
+            what, notes = f"{_WHAT} of next tokens", [_NO_RATINGS]
+            parts = [_next_residuals(server, proof, ahead, asked) for ahead in proof.ahead]
+            residuals = [torch.cat([*each]) for each in zip(*parts, strict=True)]
+    if not len(residuals[0]):
+        problem = "it rates neither the tokens of a prompt nor the next one"
+        remedy = "Let the server return log-probabilities: logprobs=5 in /v1/completions"
+        raise ServerError(asked, problem, remedy)
     if not bool(torch.isfinite(residuals[0]).all()):
         problem = "it returns NaN as log-probabilities"
         raise ServerError(asked, problem, "Look at its dtype and at the weights that it has loaded")
@@ -290,7 +292,7 @@ def _source_on(model: nn.Module, name: str, asked: str) -> Path:
     return files
 
 
-def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) -> Tensor:
+def _prompt_values(proof: Proof, rows: Sequence[Sequence[_Rated]], asked: str) -> Tensor:
     """Return what was rated, in the order of the proof's values; refuse other tokens than its."""
     values: list[float] = []
     for number, (prompt, row) in enumerate(zip(proof.prompts, rows, strict=True), 1):
@@ -303,7 +305,7 @@ def _prompt_values(proof: Proof, rows: Sequence[Sequence[Rated]], asked: str) ->
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _next_residuals(server: Server, proof: Proof, ahead: Ahead, asked: str) -> list[Tensor]:
+def _next_residuals(server: _Server, proof: Proof, ahead: Ahead, asked: str) -> list[Tensor]:
     """Return, for each strength, how far the server's next tokens are from the proof's.
 
     A token that the proof does not rate is less probable than the most probable ones, all of which
@@ -326,3 +328,152 @@ def _next_residuals(server: Server, proof: Proof, ahead: Ahead, asked: str) -> l
         ]
         residuals.append(torch.tensor(off, dtype=torch.float64))
     return residuals
+
+
+# A server ---------------------------------------------------------------------------------------
+
+_ID = "token_id:"  # how vLLM writes a token as its id
+_IDS = {"return_tokens_as_token_ids": True}
+
+
+class _Rated(NamedTuple):
+    """A token that a server has rated: its id, None where it says only its text."""
+
+    token: int | None
+    value: float
+
+
+@dataclass
+class _Server:
+    """A server with the completions interface of OpenAI, asked for log-probabilities.
+
+    It takes prompts as token ids. vLLM (0.32, entrypoints/openai/completion), SGLang (0.5.23,
+    srt/entrypoints/openai) and llama.cpp's llama-server differ in what they return: the
+    log-probabilities of the prompt (`echo`), or only of the next token; tokens as ids, or as text.
+    """
+
+    url: str  # without `/v1` at its end
+    client: Any  # of httpx
+    model: str = ""  # the name of the model, or of the adapter, on the server
+
+    @classmethod
+    @contextmanager
+    def at(cls, url: str, timeout: float) -> Iterator[_Server]:
+        """Open a server, or refuse what is no address."""
+        asked = f"ask {url!r}"
+        try:
+            import httpx
+        except ImportError:
+            remedy = "Run pip install httpx"
+            raise ServerError(asked, "httpx is not installed", remedy) from None
+        try:
+            address = httpx.URL(url)
+        except (TypeError, httpx.InvalidURL):
+            address = httpx.URL()
+        if address.scheme not in ("http", "https") or not address.host:
+            raise ServerError(asked, "it is no URL", "Give one, such as http://HOST:8000")
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # httpx leaves the key out of a request to another host, to which a server redirects.
+        with httpx.Client(headers=headers, timeout=timeout, follow_redirects=True) as client:
+            yield cls(url.rstrip("/").removesuffix("/v1"), client)
+
+    def choose(self, model: str | None, near: str) -> None:
+        """Choose what is asked: a model, else the server's only one or the one that is so called.
+
+        Raises:
+            ServerError: The model has to be named.
+        """
+        if model is None:
+            rows = _at(self._ask("/v1/models", None), "data")
+            ids = (_at(row, "id") for row in (rows if isinstance(rows, list) else ()))
+            names = [str(name) for name in ids if name is not None]
+            if near not in names and len(names) != 1:
+                said = f"it serves {', '.join(map(repr, names[:9]))}"
+                problem = said if names else "it lists no models"
+                raise ServerError(f"ask {self.url}", problem, "Name the one to ask: --model NAME")
+            model = near if near in names else names[0]
+        self.model = model
+
+    def rated_prompt(self, prompt: Sequence[int]) -> list[_Rated]:
+        """Return each token of a prompt as the server rates it, and the one that it made after it.
+
+        Nothing if the server does not rate each. The first token has no rating, and is left out.
+        """
+        said = self._logprobs(prompt, echo=True, logprobs=1)
+        values, tokens = said.get("token_logprobs"), said.get("tokens")
+        if not isinstance(values, list) or not isinstance(tokens, list):
+            return []
+        if len(values) != len(tokens) or values[:1] != [None]:  # not the prompt's
+            return []
+        pairs = [*zip(tokens[1:], values[1:], strict=True)]
+        rates_all = all(isinstance(value, int | float) for _, value in pairs)
+        return [_rated(*pair) for pair in pairs] if rates_all else []
+
+    def rated_next(self, prompt: Sequence[int]) -> list[_Rated]:
+        """Return the most probable next tokens after a prompt."""
+        said = self._logprobs(prompt, logprobs=N_TOP)
+        rows = _at(said, "content", 0, "top_logprobs")  # llama-server
+        if isinstance(rows, list):
+            rated = [row for row in rows if isinstance(_at(row, "logprob"), int | float)]
+            return [_rated(row.get("token", ""), row["logprob"], row.get("id")) for row in rated]
+        last = _at(said, "top_logprobs", -1)
+        if not isinstance(last, Mapping):
+            return []
+        return [_rated(*pair) for pair in last.items() if isinstance(pair[1], int | float)]
+
+    def _logprobs(self, prompt: Sequence[int], **more: Any) -> Mapping[str, Any]:
+        """Ask for one more token after a prompt; return what the answer says of probabilities."""
+        body = {"model": self.model, "prompt": [*prompt], "max_tokens": 1, "temperature": 0}
+        answer = self._ask("/v1/completions", {**body, **_IDS, **more})
+        said = _at(answer, "choices", 0, "logprobs")
+        if not isinstance(said, Mapping):
+            problem = "the server returns no log-probabilities (choices[0].logprobs)"
+            remedy = "Let it return them (vLLM: --max-logprobs 5)"
+            raise ServerError(f"ask {self.url}", problem, remedy)
+        return said
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None) -> Any:
+        import httpx
+
+        asked, method = f"ask {self.url}{path}", "GET" if body is None else "POST"
+        try:
+            answer = self.client.request(method, self.url + path, json=body)
+        except httpx.HTTPError as error:
+            problem = f"it does not answer ({error or type(error).__name__})"
+            raise ServerError(asked, problem, "Start the server, or check the URL") from error
+        try:
+            plain = answer.json()
+        except ValueError:
+            plain = None
+        if answer.is_success and plain is not None:
+            return plain
+        if answer.is_success:
+            remedy = "Give the URL of an OpenAI-compatible server"
+            raise ServerError(asked, "its answer is not JSON", remedy)
+        remedy = "Check --model, and that it serves the adapter's base"
+        if answer.status_code in (401, 403):
+            remedy = "Set OPENAI_API_KEY to the server's key"
+        elif answer.status_code in (400, 422, 500):  # llama-cpp-python answers 500 to token ids
+            remedy += ", and that it takes token ids as a prompt"
+        fault = _at(plain, "error") or plain
+        words = " ".join(str(_at(fault, "message") or fault or answer.text).split())[:300]
+        raise ServerError(asked, f"it answers {answer.status_code}: {words}", remedy)
+
+
+def _at(answer: Any, *path: str | int) -> Any:
+    """Return what stands at a path of an answer; None where it has another form."""
+    for step in path:
+        try:
+            answer = answer[step]
+        except (LookupError, TypeError):
+            return None
+    return answer
+
+
+def _rated(token: object, value: float, number: object = None) -> _Rated:
+    """Return a token that a server names by a number, or by its id or its text."""
+    if not isinstance(number, int):
+        end = str(token).removeprefix(_ID)
+        number = int(end) if end != token and end.isdecimal() else None
+    return _Rated(number, float(value))

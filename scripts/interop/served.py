@@ -91,7 +91,7 @@ def prepare(folder: Path, base: Path) -> None:
     li.inject(model, CONFIG)
     for parameter in li.adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.04)
-    li.save_adapter(model, folder / "sql", probe=(SENTENCES, words))
+    li.save_adapter(model, folder / "sql", probe=words(SENTENCES)["input_ids"])
     shutil.copytree(folder / "sql", folder / "wrong")
     config = json.loads((folder / "wrong" / "adapter_config.json").read_text())
     config["lora_alpha"] *= 3

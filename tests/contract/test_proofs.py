@@ -16,7 +16,7 @@ import torch
 from conftest import fill
 from helpers.models import Net, tiny_llama
 from helpers.refusals import refused
-from helpers.servers import Letters, Served, serving
+from helpers.servers import Answering, Served, ids_of, running, serving
 from helpers.states import metadata, tensors_of
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,6 +25,7 @@ import lora_inject as li
 
 CONFIG = {"rank": 4, "alpha": 8, "targets": ["all-linear"]}
 TEXTS = ["SELECT A FROM B", "HOW MANY ROWS?", "(X + Y) * Z = 42"]
+PROBE = [*map(ids_of, TEXTS)]
 IDS = torch.arange(40).view(2, 20)
 
 
@@ -62,9 +63,7 @@ STATES = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapter's folder, whose name is that of the served adapter."""
-    return li.save_adapter(
-        build(), tmp_path_factory.mktemp("proof") / "sql", probe=(TEXTS, Letters())
-    )
+    return li.save_adapter(build(), tmp_path_factory.mktemp("proof") / "sql", probe=PROBE)
 
 
 # ------------------------------------------------------------------------------- on a live model
@@ -223,6 +222,51 @@ class Halves(Served):
         return super().complete({**body, "prompt": body["prompt"][::2]})
 
 
+class Gaps(Served):
+    """Does not rate every token of a prompt."""
+
+    def _said(self, prompt: list[int], rows: Any, body: dict[str, Any]) -> Any:
+        said = super()._said(prompt, rows, body)
+        if "echo" in body:
+            said["token_logprobs"][3] = None
+        return said
+
+
+def test_a_gap_in_the_ratings_does_not_shift_those_after_it(saved: Path) -> None:
+    with serving(Gaps(build(), "vllm")) as url:
+        verdict = li.verify_served(url, saved)
+    assert (verdict.word, verdict.what) == ("with", "log-probabilities of next tokens")
+
+
+def test_a_key_does_not_follow_a_redirect_to_another_host(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is asked all the same, with the body."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    served, keys = Served(build(), "vllm"), dict[str, set[str | None]]()
+
+    class Redirecting(Answering):
+        def do_GET(self) -> None:
+            self.body()
+            keys.setdefault("first", set()).add(self.headers.get("Authorization"))
+            self.answer({}, 307, Location=f"{target}{self.path}")
+
+        do_POST = do_GET  # noqa: N815
+
+    class Noting(Answering):
+        def do_GET(self) -> None:
+            keys.setdefault("second", set()).add(self.headers.get("Authorization"))
+            self.answer({"data": [{"id": "sql"}]})
+
+        def do_POST(self) -> None:
+            keys["second"].add(self.headers.get("Authorization"))
+            self.answer(served.complete(json.loads(self.body())))
+
+    with running(Noting) as target, running(Redirecting) as url:
+        assert li.verify_served(url.replace("127.0.0.1", "localhost"), saved).ok
+    assert keys == {"first": {"Bearer secret"}, "second": {None}}
+
+
 class Odd(Served):
     """Answers in a form of its own."""
 
@@ -237,7 +281,6 @@ def broken() -> Any:
     return model
 
 
-PROBE: Any = (TEXTS, Letters())
 SERVERS: dict[str, tuple[Any, Any, str]] = {
     "no log-probabilities": (lambda: Served(build(), "silent"), PROBE, "log-prob"),
     "NaN": (lambda: Served(broken(), "vllm"), PROBE, "NaN"),
@@ -286,6 +329,7 @@ PROBES: dict[str, tuple[Any, Any, list[str]]] = {
     "a token beyond": (build, [[1, 64]], ["token 64"]),
     "a row of one token": (build, [[1]], ["two tokens"]),
     "text alone": (build, ["some", "texts"], ["tokenizer"]),
+    "texts and their tokenizer": (build, (TEXTS, ids_of), ["tuple", "tokenizer(texts)"]),
     "other inputs": (build, {"ids": torch.tensor([[1, 2]])}, ["a dict without token ids"]),
     "no tokens": (build, torch.ones(1, 4), ["Tensor", "other models prove nothing"]),
     "nothing": (build, [], ["empty"]),

@@ -26,7 +26,7 @@ N_AHEAD, N_TOP = 3, 5
 that servers return."""
 
 Prompts = Sequence[Sequence[int]]
-_REMEDY = "Give rows of token ids (a tensor or lists), or texts and their tokenizer"
+_REMEDY = "Give rows of token ids: a tensor, or lists such as tokenizer(texts)['input_ids']"
 
 
 def take_proof(survey: Injected, name: str, probe: Any, format: str) -> dict[str, str]:  # noqa: A002
@@ -49,7 +49,7 @@ def take_proof(survey: Injected, name: str, probe: Any, format: str) -> dict[str
         raise FormatError(
             asked, problem, "Save it as 'peft', 'portable' or 'native' too, and keep that"
         )
-    proof = _measured(survey, name, prompts_of(probe, asked), asked)
+    proof = _measured(survey, name, _prompts_of(probe, asked), asked)
     if proof.effect < 4 * proof.noise():
         problem = f"the adapter changes its outputs by {proof.effect:.2g}, and rounding in "
         problem += f"{proof.dtype} by {proof.noise():.2g}: they prove nothing"
@@ -96,26 +96,12 @@ def _run_at(
     return made
 
 
-def prompts_of(probe: Any, asked: str) -> Prompts:
-    """Return what a model is to be asked: rows of token ids, or texts with their tokenizer."""
-    if isinstance(probe, tuple) and len(probe) == 2 and callable(probe[1]):
-        return _of_texts(*probe, asked)
+def _prompts_of(probe: Any, asked: str) -> Prompts:
+    """Return what a model is to be asked: the first tokens of the first rows, checked."""
     rows = probe.tolist() if isinstance(probe, Tensor) and not probe.is_floating_point() else probe
     if not isinstance(rows, list):
         problem = f"it is {article(type(probe).__name__)} without token ids"
         raise StateError(asked, problem, f"{_REMEDY}; other models prove nothing")
-    return _prompts(rows, asked)
-
-
-def _of_texts(texts: Any, tokenizer: Any, asked: str) -> Prompts:
-    texts = [texts] if isinstance(texts, str) else [*texts][:N_PROMPTS]
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise StateError(asked, "it has no texts", _REMEDY)
-    return _prompts([tokenizer(text)["input_ids"] for text in texts], asked)
-
-
-def _prompts(rows: Sequence[Sequence[Any]], asked: str) -> Prompts:
-    """Return the first tokens of the first rows, checked."""
     try:
         prompts = tuple(tuple(map(int, row[:N_TOKENS])) for row in rows[:N_PROMPTS])
     except (TypeError, ValueError):

@@ -51,9 +51,9 @@ def save_adapter(
             what no forward has used is an error once the adapter was trained, unless other members
             of the same ModuleList or ModuleDict were used: experts, layers that are dropped.
         probe: A few short inputs. The file then says what the model computes for them with the
-            adapter and without it, for `verify_loaded` and `verify_served`. Rows of token ids, or
-            a pair of texts and their tokenizer: the model predicts tokens. The first 32 of 8 rows
-            are used. The model runs about 14 times.
+            adapter and without it, for `verify_loaded` and `verify_served`. Rows of token ids: a
+            tensor, or lists such as `tokenizer(texts)["input_ids"]`. The model predicts tokens. The
+            first 32 of 8 rows are used, and the model runs each about 14 times.
         **options: For the format: `overwrite=True` replaces an adapter that is there; `base_model`,
             `task_type` and others stand over what the model says (`formats.ModelFacts`).
 
