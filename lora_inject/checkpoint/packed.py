@@ -23,7 +23,7 @@ from lora_inject.core.adapter.fingerprint import glimpse
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import DTYPES, FLOATS, TensorEntry
 from lora_inject.errors import CheckpointError
-from lora_inject.experts import stack_formats
+from lora_inject.quantized.codes import float4_values, float8_values, mxfp4_values
 
 MAX_FLOAT8 = 448.0  # of e4m3
 MAX_FLOAT4 = 6.0  # of e2m1
@@ -104,7 +104,7 @@ class Float8(Packed):
         scales = part("scales", -(-n_cols // wide), first, -(-stop // high))
         of_rows = scales[torch.arange(start, stop, device="cpu") // high - first]
         codes = part("codes", n_cols, start, stop)
-        return stack_formats.Float8Stack((1, wide)).values({"codes": codes, "scales": of_rows})
+        return float8_values(codes, of_rows, (1, wide))
 
     @property
     def unit(self) -> int:  # noqa: D102
@@ -137,7 +137,7 @@ class Nvfp4(Packed):
 
     def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
         n_in = self.shape[1]
-        codes = stack_formats.float4_values(part("codes", n_in // 2, start, stop))
+        codes = float4_values(part("codes", n_in // 2, start, stop))
         steps = self._steps(part("scales", n_in // NVFP4_GROUP, start, stop))
         return (codes.view(*steps.shape, -1) * steps.unsqueeze(-1)).flatten(-2)
 
@@ -250,7 +250,7 @@ class Mxfp4(Packed):
             outputs = expert * n_out, (expert + 1) * n_out
             codes = part("codes", n_in // 2, *outputs).view(n_out, -1, 16)[:, groups].flatten(1)
             scales = part("scales", n_in // 32, *outputs)[:, groups]
-            values = stack_formats.Mxfp4Stack().values({"codes": codes, "scales": scales})
+            values = mxfp4_values(codes, scales)
             pieces.append(values.t()[first % 32 :][: last - first])
         return torch.cat(pieces)
 
@@ -266,7 +266,7 @@ def float4_codes(values: Tensor) -> Tensor:
 
     Examples:
         >>> codes = float4_codes(torch.tensor([[0.6, 1.0, 9.0, -5.1]]))
-        >>> stack_formats.float4_values(codes).tolist()
+        >>> float4_values(codes).tolist()
         [[0.5, 1.0, 6.0, -6.0]]
     """
     sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=values.device)

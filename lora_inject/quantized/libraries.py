@@ -19,7 +19,7 @@ from lora_inject.core.layers.weight_kinds import (
     derives_from,
     is_quantized,
 )
-from lora_inject.experts.stack_formats import Float8Stack
+from lora_inject.quantized.codes import float8_values
 from lora_inject.quantized.plain_layers import (
     Layer,
     LayerKind,
@@ -60,10 +60,7 @@ class OfTensor(WeightKind):
         return super().write(module, key, weight)
 
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
-        """Return why a layer cannot be replaced, or its weight be packed again in memory."""
-        remedy = getattr(weight, "packed_again_by", "")
-        if verb == "requantize" and remedy:
-            return Reason("its format is not quantized again in memory", remedy)
+        """Return why a layer cannot be replaced."""
         if verb == "replace" and weight is not None and self.replaces_layer(module, weight):
             return why_class_is_fixed(module)
         return super().why_not(verb, module, weight)
@@ -249,7 +246,6 @@ def _trains(kernel: Any) -> bool:
 # --------------------------------------------------------- linear layers of transformers' own
 
 _FP8 = "transformers.integrations.finegrained_fp8"
-_KEPT_PACKED = "Load the base within lora_inject.packed_experts(), which keeps "
 
 
 class Multiplies(WeightKind):
@@ -278,7 +274,7 @@ class FineGrained(LayerKind):
         layer: Any = module
         high, wide = layer.block_size or weight.shape
         scales = layer.weight_scale_inv.view(-(-weight.shape[0] // high), -1)
-        return Float8Stack((high, wide)).values({"codes": weight, "scales": scales})
+        return float8_values(weight, scales, (high, wide))
 
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
         """Return why the values are not known: integers are codes of 4 bits, two to a byte."""
@@ -297,8 +293,7 @@ class FineGrainedExperts(WeightKind):
     against: ClassVar[Mapping[Verb, Reason]] = {
         "inject": Reason(
             "experts compute by kernels on codes in 8 or 4 bits",
-            f"{_KEPT_PACKED}their bits, with FineGrainedFP8Config(dequantize=True), or exclude the "
-            "experts",
+            "Load the base with FineGrainedFP8Config(dequantize=True), or exclude the experts",
         )
     }
 
@@ -314,7 +309,7 @@ class KernelExperts(WeightKind):
         ("inject", "train"),
         Reason(
             "experts compute in MXFP4 by kernels for inference",
-            f"{_KEPT_PACKED}4 bits, or with Mxfp4Config(dequantize=True)",
+            "Load the base with Mxfp4Config(dequantize=True)",
         ),
     )
 

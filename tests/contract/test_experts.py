@@ -520,7 +520,7 @@ def in_mxfp4() -> Any:
     [
         (in_8_bits, "all-experts", "FineGrainedFP8Config(dequantize=True)"),
         (in_8_bits, r"experts\.gate_up_proj", "FineGrainedFP8Config(dequantize=True)"),
-        (in_mxfp4, "all-experts", "packed_experts()"),
+        (in_mxfp4, "all-experts", "Mxfp4Config(dequantize=True)"),
     ],
 )
 def test_experts_whose_codes_kernels_read_are_refused(make: Any, match: str, remedy: str) -> None:

@@ -26,12 +26,7 @@ from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.plain_operations import differentiate
 from lora_inject.core.functional.torch_inside import is_watched
 from lora_inject.core.functional.unstored import DEVICE, PICKED, called, unstored, writes
-from lora_inject.core.functional.weight import (
-    LowRank,
-    cast_stack,
-    low_rank,
-    reads_as_sum,
-)
+from lora_inject.core.functional.weight import LowRank, cast_stack, low_rank
 from lora_inject.errors import LayerError
 from lora_inject.private import look_up
 
@@ -63,7 +58,7 @@ def lazy_weight(
         >>> torch.allclose(x @ lazy[1].T, x @ (W[1] + B[1] @ A[1]).T, atol=1e-5)
         True
     """
-    is_known = (type(weight) in PLAIN or reads_as_sum(weight)) and weight.is_floating_point()
+    is_known = type(weight) in PLAIN and weight.is_floating_point()
     if not is_known or torch.compiler.is_compiling() or is_watched():
         used()
         return low_rank(weight, patches, gain).formed(weight.dtype).reshape(weight.shape)

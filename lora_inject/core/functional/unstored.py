@@ -1,4 +1,4 @@
-"""Tensors without memory, lazy or packed ones, and the operations that leave them so.
+"""Tensors without memory, as lazy ones are, and the operations that leave them so.
 
 `p.data = t` copies what torch keeps of t into p and asks no method of t. A tensor that torch takes
 for a dense one of a device would leave p without memory, and the next read of p would end the

@@ -141,12 +141,3 @@ def cast_stack(stack: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return a stack in another dtype, one that all matrices share as views of one."""
     is_one = len(stack) > 1 and stack.stride(0) == 0
     return stack[:1].to(dtype).expand_as(stack) if is_one else stack.to(dtype)
-
-
-def reads_as_sum(weight: Tensor) -> bool:
-    """Whether a packed weight is read as W + delta without being unpacked as a whole.
-
-    The class of the tensor says so (`reads_as_sum = True`) if what is selected, transposed or
-    multiplied stays packed.
-    """
-    return getattr(type(weight), "reads_as_sum", False)

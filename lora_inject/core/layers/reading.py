@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.lazy import formed, lazy_weight
 from lora_inject.core.functional.torch_inside import in_forward, is_watched, saving_hooks
-from lora_inject.core.functional.weight import reads_as_sum
 from lora_inject.core.layers.attached import (
     GATHERED,
     Attached,
@@ -170,7 +169,7 @@ def read_mixed(
     """Return W + delta, of the entries of a mix that are on a parameter."""
     if _is_tracing():
         _check_not_symbolic()
-    if type(raw) not in PLAIN and not reads_as_sum(raw):
+    if type(raw) not in PLAIN:
         return _other(layer, raw, taking, outside)
     # A value read under no_grad would cut the gradient of a later read in the same forward.
     key = (param, torch.is_grad_enabled(), *taking)

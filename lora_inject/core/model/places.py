@@ -7,7 +7,6 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_inject.core.functional.weight import reads_as_sum
 from lora_inject.core.layers.adapted import plain_class
 from lora_inject.core.layers.attached import Entry, attribute, check_class_kept
 from lora_inject.core.layers.library import weight_kind
@@ -124,7 +123,7 @@ def _check_values(place: Carried) -> None:
     |---|---|---|
     | copy | packed, or of a layer that moves statistics | always |
     | site on the output | packed | with an init from W, or a gain whose norms its kind hides |
-    | site that is read | packed | the same, in float32, and where it cannot read as a sum |
+    | site that is read | packed | always |
     """
     spec, packed = place.entry.spec, is_quantized(base_tensor(place.module, place.entry.param))
     if spec is None:
@@ -141,15 +140,12 @@ def _check_values(place: Carried) -> None:
 def _check_packed(place: Carried, spec: SiteSpec) -> None:
     """Raise if a site cannot be on a packed weight.
 
-    1. A weight that is read has to read as a sum, and not in float32, which would unpack all of it.
+    1. A weight that is read has no values to read.
     2. The norms that a gain needs must be known of its kind.
     3. An init from W would need its values.
     """
     module, weight = place.module, place.weight
-    fits = place.entry.on_output or reads_as_sum(weight)
-    if fits and not place.entry.on_output and spec.compute == "float32":
-        problem = "compute: float32 would unpack all experts at once"
-        raise LayerError(_asked(place), problem, "Use compute: base")
+    fits = place.entry.on_output
     hidden = None
     if fits and place.entry.gained:
         hidden = weight_kind(module, weight).why_not("norms", module, weight)
