@@ -58,7 +58,6 @@ from lora_inject.rows.routed import routed as routed
 from lora_inject.serving.peft_state import peft_state as peft_state
 from lora_inject.serving.verifying import verify_loaded as verify_loaded
 from lora_inject.serving.verifying import verify_served as verify_served
-from lora_inject.trials.advise import advise as advise
 from lora_inject.trials.losses import causal_loss as causal_loss
 from lora_inject.trials.runs import Trials as Trials
 from lora_inject.trials.trial import Trial as Trial

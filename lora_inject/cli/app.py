@@ -46,12 +46,6 @@ COMMANDS = MappingProxyType(
             "List the layers of MODEL that CONFIG selects.",
             "plan lora.yaml gpt2/config.json",
         ),
-        "advise": Command(
-            "look",
-            "Print a config to start from, within a budget, with what is known of its learning "
-            "rate.",
-            "advise gpt2 --budget 170k",
-        ),
         "inspect": Command(
             "look",
             "Show the sites, ranks, norms and non-finite values of ADAPTER.",

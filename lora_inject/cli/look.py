@@ -1,10 +1,8 @@
-"""Commands that change nothing: `plan`, `advise`, `inspect`, `analyze`, `schema`."""
+"""Commands that change nothing: `plan`, `inspect`, `analyze`, `schema`."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from textwrap import fill
 from typing import Annotated
 
 from typer import Argument, BadParameter, Option
@@ -15,7 +13,7 @@ from lora_inject.checkpoint.base_class import meta_model
 from lora_inject.checkpoint.index import read_config
 from lora_inject.cli import options
 from lora_inject.cli.options import one_of
-from lora_inject.cli.show import note, print_json, progress_bar, say
+from lora_inject.cli.show import note, print_json, progress_bar
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.config import Config, json_schema
@@ -23,7 +21,6 @@ from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.resolve import resolve
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.exchange import FORMATS
-from lora_inject.trials.advise import MOST, advised, remarks
 
 
 def plan(
@@ -41,32 +38,6 @@ def plan(
     """Reads no weights, changes nothing."""
     wanted = Config.from_yaml(config)
     listing.show(resolve(wanted, _inventory_of(options.model_folder(model))))
-
-
-def advise(
-    model: Annotated[Path, Argument(metavar="MODEL", help="Folder or file, as for plan.")],
-    budget: Annotated[
-        str, Option(metavar="N", help="Most parameters in A and B, such as 170k or 1.5M.")
-    ],
-    purpose: Annotated[
-        str,
-        Option(
-            "--for",
-            help="What it is trained for: sft, rl or classify.",
-            callback=one_of(MOST),
-        ),
-    ] = "sft",
-) -> None:
-    """One rank on all linear layers and experts of MODEL."""
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", budget)
-    if number is None:
-        raise BadParameter(f"{budget!r} is not a number such as 170k", param_hint="--budget")
-    most = int(float(number[1]) * {"": 1, "k": 1000, "m": 1_000_000}[number[2].lower()])
-    names = _inventory_of(options.model_folder(model))
-    config = advised(names, most, purpose)
-    for remark in remarks(names, config):
-        say(fill(remark, 88, initial_indent="# ", subsequent_indent="#   "))
-    say(config.to_yaml().rstrip())
 
 
 def _inventory_of(path: Path) -> Inventory:

@@ -394,18 +394,6 @@ def test_a_plan_a_summary_and_a_card_say_that_all_linear_leaves_the_experts_out(
         assert (said in text) is (targets == ["all-linear"])
 
 
-def test_advice_takes_experts_at_the_rank_that_the_active_ones_share() -> None:
-    model, _ = experts("qwen3_moe")
-    config = li.advise(model, 500)
-    plan = li.plan(model, config)
-    assert {site.rank for site in plan.sites if site.experts} == {config.rank // 2}
-    shared = ALL | {"rank": {"active": config.rank}}
-    assert config.to_dict()["targets"] == ["all-linear", shared]
-    larger = config.to_dict() | {"rank": config.rank + 1, "expect": {"sites": plan.n_sites}}
-    larger["targets"][1]["rank"]["active"] = config.rank + 1
-    assert plan.n_lora <= 500 < li.plan(model, larger).n_lora
-
-
 # --------------------------------------------------------------------------------------- profiles
 
 BATCHES = [{"input_ids": torch.arange(8)[None] + n} for n in (0, 3)]

@@ -773,16 +773,3 @@ def test_the_best_is_the_least_held_out_loss_and_a_dropped_trial_leaves_nothing(
     assert all(torch.equal(model.state_dict()[key], plain[key]) for key in plain)
     with refused(li.StateError, "trial"):
         running.step(batches(["all"], 3, {}))
-
-
-def test_advice_is_the_largest_rank_that_fits_and_helps_its_purpose() -> None:
-    with torch.device("meta"):
-        model, wide = of_llama(), nn.Sequential(nn.Linear(512, 512))
-    one = li.plan(model, {"rank": 1, "targets": ["all-linear"]}).n_lora
-    config = li.advise(model, 3 * one + one // 2)
-    assert (config.rank, config.alpha) == (3, 32.0)
-    assert config.expect == li.classes.Expect(sites=14, lora=3 * one)
-    with refused(li.MatchError, "layers.*.self_attn"):
-        li.advise(model, one - 1)
-    for purpose, rank in (("sft", 256), ("rl", 32), ("classify", 16)):
-        assert li.advise(wide, 10**9, purpose=purpose).rank == rank

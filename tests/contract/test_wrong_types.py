@@ -15,7 +15,6 @@ ROWS = {"targets": ["1"], "tokens": {"0": [-1]}}
 # What is called with a model of two layers and its adapter's value, and what is named.
 CALLS: list[tuple[Callable[[Any, Any], Any], list[str]]] = [
     (lambda m, s: li.Trials(m, {"a": Q}), ["'a'", "dict", "Trial(config, lr"]),
-    (lambda m, s: li.advise(m, "10k"), ["str", "whole number"]),
     (lambda m, s: li.combine(s), ["adapters", "AdapterState"]),
     (lambda m, s: li.combine("sql"), ["adapters", "str", "list"]),
     (lambda m, s: li.combine([s], 0.5), ["weights", "float"]),
