@@ -20,7 +20,7 @@ from typer.cli import get_docs_for_click
 
 from lora_inject import errors
 from lora_inject.cli import app
-from lora_inject.core.spec.config import Config, json_schema
+from lora_inject.core.spec.config import Config
 from lora_inject.version import __version__
 
 MARK = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
@@ -83,7 +83,7 @@ def names(module: str) -> str:
 
 def config_keys() -> str:
     """Every key of the config with its type, default and meaning, from the JSON Schema."""
-    schema = json_schema()
+    schema = json.loads((CONFIGS / "schema.json").read_text(encoding="utf-8"))
     named = ("Rule", "Expect", "Axes", "Normal")
     parts = [_keys(name, schema["$defs"][name]) for name in named]
     return "\n".join([_keys("The file", schema), *parts])

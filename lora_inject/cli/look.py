@@ -13,10 +13,10 @@ from lora_inject.checkpoint.base_class import meta_model
 from lora_inject.checkpoint.index import read_config
 from lora_inject.cli import options
 from lora_inject.cli.options import one_of
-from lora_inject.cli.show import note, print_json, progress_bar
+from lora_inject.cli.show import note, progress_bar, say
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.spec.config import Config, json_schema
+from lora_inject.core.spec.config import CONFIGS, Config
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.resolve import resolve
 from lora_inject.errors import CheckpointError
@@ -126,4 +126,4 @@ def analyze(
 
 
 def schema() -> None:
-    print_json(json_schema())
+    say((CONFIGS / "schema.json").read_text(encoding="utf-8").rstrip())

@@ -454,7 +454,7 @@ def test_version_no_command_and_a_defect(run: Any, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(json, "dumps", broken)
     with pytest.raises(RuntimeError, match="a defect"):  # no refusal: its traceback is shown
-        run("schema")
+        run("doctor", "--json")
 
 
 def program_into(what: str, *args: object) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from conftest import script
 from helpers.modules import tree
 from helpers.refusals import refused
 from torch import nn
@@ -196,6 +197,5 @@ def test_fused_projections_adapt_the_named_parts_only(name: str) -> None:
 
 def test_the_committed_schema_is_the_one_of_the_code(run: Any) -> None:
     committed = (SHIPPED / "schema.json").read_text(encoding="utf-8")
-    assert committed == run("schema").out, (
-        "write it anew: lora-inject schema > lora_inject/configs/schema.json"
-    )
+    assert committed == script("schema").schema(), "write it anew: python scripts/schema.py"
+    assert committed == run("schema").out

@@ -5,11 +5,8 @@ pydantic checks it, and each error is told at its line and column (`spec.reading
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 from collections.abc import Mapping
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -23,8 +20,6 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema
 
 from lora_inject.core.spec.names import meant, show
 from lora_inject.core.spec.patterns import INDEX, checked_regex, layer_range
@@ -36,6 +31,9 @@ from lora_inject.errors import ConfigError
 ALL_LINEAR = "all-linear"
 ALL_EXPERTS = "all-experts"
 WORDS = frozenset({ALL_LINEAR, ALL_EXPERTS})  # rules that are no pattern
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+"""Configs of model families, and `schema.json`, which `scripts/schema.py` writes."""
 
 # What a value may be.
 
@@ -373,12 +371,11 @@ class Config(Shown, YamlModel):
             ConfigError: The file cannot be read, is not safe YAML, or is not valid; the message
                 gives `FILE:LINE:COLUMN (key)`.
         """
-        families = Path(__file__).parents[2] / "configs"
         is_file = Path(path).exists() and not Path(path).is_dir()  # but a model's folder
         is_name = str(path).isidentifier() and not is_file
-        family = families / f"{path}.yaml"
+        family = CONFIGS / f"{path}.yaml"
         if is_name and not family.exists():
-            there = [each.stem for each in sorted(families.glob("*.yaml"))]
+            there = [each.stem for each in sorted(CONFIGS.glob("*.yaml"))]
             problem = "there is no such file, and no family of models of this name in the package"
             raise ConfigError(show(str(path)), problem, meant(str(path), there))
         return super().from_yaml(family if is_name else path)
@@ -393,55 +390,3 @@ class Config(Shown, YamlModel):
 
 ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
 """Accepted forms of a config; see `formats.from_peft.config_of`."""
-
-
-# -------------------------------------------------------------------------------------- JSON Schema
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema (draft-07) of a config file, for editors, as plain data.
-
-    It says less than `Config` checks: patterns are only strings.
-
-    Examples:
-        >>> sorted(json_schema()["$defs"])
-        ['Active', 'Axes', 'Expect', 'Normal', 'Rule']
-    """
-    schema = Config.model_json_schema(schema_generator=_FileSchema)
-    targets = schema["properties"]["targets"]
-    pattern = {"type": "string", "minLength": 1, "description": "The rule that only matches."}
-    targets["items"] = {"anyOf": [pattern, targets["items"]]}
-    head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": schema.pop("title")}
-    description = "Which parts of a model get which low-rank adapters (see the README)."
-    return {**head, "description": description, **schema}
-
-
-class _FileSchema(GenerateJsonSchema):
-    """A schema for files, where a key without a value is left out instead of being null."""
-
-    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
-        """Say of each field what stands below it, and nothing of the model.
-
-        pydantic itself would read the sources whenever a model is made, at half of its cost.
-        """
-        made = super().model_schema(schema)
-        made.pop("description", None)
-        [definition] = ast.parse(inspect.getsource(schema["cls"])).body
-        for field, below in pairwise(getattr(definition, "body", ())):
-            match field, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
-                    key = schema["cls"].model_fields[name].alias or name
-                    made["properties"][key]["description"] = " ".join(text.split())
-        return made
-
-    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
-        return self.generate_inner(schema["schema"])
-
-    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        made = super().default_schema(schema)
-        if made.get("default", "") is None:
-            del made["default"]
-        return made
-
-    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002  (pydantic's)
-        return False
