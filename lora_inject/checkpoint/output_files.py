@@ -100,8 +100,7 @@ class TensorJob:
         """Names of the output's tensors that are computed for it."""
         if self.packed is None or not self.again:
             return (self.name,)
-        parts, written = self.packed.parts, self.packed.written
-        return tuple(parts[role].name for role in written if role in parts)
+        return tuple(self.packed.parts[role].name for role in self.packed.written)
 
     @property
     def action(self) -> str:

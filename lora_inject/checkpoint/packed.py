@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,7 +49,6 @@ class Packed(ABC):
     parts: Mapping[str, TensorEntry]  # the stored tensors by role; `codes` is the largest
 
     title: ClassVar[str]  # what messages call the format
-    written: ClassVar[tuple[str, ...]] = ()  # roles of the parts that `encoded` makes, if any
 
     @property
     def form(self) -> str:
@@ -71,9 +70,15 @@ class Packed(ABC):
         """Return rows of the matrix, float32, of its parts."""
 
     @property
+    def written(self) -> Mapping[str, int]:
+        """The parts that `encoded` makes: after how many values each begins with a new entry."""
+        return {}
+
+    @property
     def unit(self) -> int:
-        """Number of rows that can be encoded independently of the others."""
-        return 1
+        """After how many rows all of these parts begin with a new entry."""
+        n_values = math.lcm(*self.written.values())
+        return n_values // math.gcd(n_values, self.shape[-1])
 
     def encoded(self, values: Tensor) -> dict[str, Tensor]:
         """Return the contents of parts for some rows of float32 values; they begin at a `unit`."""
@@ -96,7 +101,6 @@ class Float8(Packed):
     block: tuple[int, int]
     powers: bool  # whether the scales are powers of two
     title = "float8 with scales"
-    written = ("codes", "scales")
 
     def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
         (high, wide), n_cols = self.block, self.shape[1]
@@ -107,8 +111,8 @@ class Float8(Packed):
         return float8_values(codes, of_rows, (1, wide))
 
     @property
-    def unit(self) -> int:  # noqa: D102
-        return self.block[0]
+    def written(self) -> Mapping[str, int]:  # noqa: D102
+        return {"codes": 1, "scales": self.block[0] * self.shape[1]}
 
     def encoded(self, values: Tensor) -> dict[str, Tensor]:  # noqa: D102
         (n_rows, n_cols), (high, wide) = values.shape, self.block
@@ -133,7 +137,10 @@ class Nvfp4(Packed):
 
     divides: bool  # whether the scale of all divides the others
     title = "NVFP4"
-    written = ("codes", "scales")
+
+    @property
+    def written(self) -> Mapping[str, int]:  # noqa: D102
+        return {"codes": 2, "scales": NVFP4_GROUP}
 
     def values(self, part: PartRows, start: int, stop: int) -> Tensor:  # noqa: D102
         n_in = self.shape[1]
@@ -143,8 +150,11 @@ class Nvfp4(Packed):
 
     def _steps(self, scales: Tensor) -> Tensor:
         """Return what the code 1 means in each group."""
-        whole = self.part("whole").float()
-        return scales.float() / whole if self.divides else scales.float() * whole
+        return scales.float() / self._whole if self.divides else scales.float() * self._whole
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        return self.part("whole").float()
 
     def encoded(self, values: Tensor) -> dict[str, Tensor]:
         """Return the contents of parts, each value the nearest that its group holds.
@@ -178,7 +188,12 @@ class FourBit(Packed):
 
     state: Mapping[str, Any]
     title = "bitsandbytes 4-bit"
-    written = ("codes", "absmax", "nested_absmax")
+
+    @property
+    def written(self) -> Mapping[str, int]:  # noqa: D102
+        block, nested = self.state["blocksize"], self.state.get("nested_blocksize")
+        parts = {"codes": 2, "absmax": block}
+        return parts | ({"nested_absmax": block * nested} if self._nested else {})
 
     @property
     def form(self) -> str:  # noqa: D102
@@ -195,8 +210,7 @@ class FourBit(Packed):
         codes = torch.stack([both >> 4, both & 15], dim=1).flatten()[first % 2 :]
         scales = self._scales(part, first // block, -(-last // block))
         of_block = torch.arange(first, last, device="cpu") // block - first // block
-        table = self.part("quant_map").float()
-        values = table[codes[: last - first]] * scales[of_block]
+        values = self._table[codes[: last - first]] * scales[of_block]
         return values.to(dtype).float().view(-1, n_cols)
 
     def _scales(self, part: PartRows, first: int, last: int) -> Tensor:
@@ -207,24 +221,26 @@ class FourBit(Packed):
         size = self.state["nested_blocksize"]
         of_block = torch.arange(first, last, device="cpu") // size - first // size
         nested = part("nested_absmax", 1, first // size, -(-last // size)).float().flatten()
-        table, offset = self.part("nested_quant_map").float(), float(self.state["nested_offset"])
-        return table[scales.long()] * nested[of_block] + offset
+        values = self._nested_table[scales.long()] * nested[of_block]
+        return values + float(self.state["nested_offset"])
 
-    @property
-    def unit(self) -> int:  # noqa: D102
-        n_values: int = self.state["blocksize"]
-        n_values *= self.state["nested_blocksize"] if self._nested else 2
-        return n_values // math.gcd(n_values, self.shape[1])
+    @cached_property
+    def _table(self) -> Tensor:
+        return self.part("quant_map").flatten().float()
+
+    @cached_property
+    def _nested_table(self) -> Tensor:
+        return self.part("nested_quant_map").flatten().float()
 
     def encoded(self, values: Tensor) -> dict[str, Tensor]:
         """Return the contents of parts; packed scales are relative to the base's offset."""
-        codes, scales = _nearest(self.part("quant_map"), values, self.state["blocksize"])
+        codes, scales = _nearest(self._table, values, self.state["blocksize"])
         codes = codes[: values.numel() + values.numel() % 2]
         both = codes[::2] << 4 | codes[1::2]
         if not self._nested:
             return {"codes": both, "absmax": scales}
         shifted, size = scales - self.state["nested_offset"], self.state["nested_blocksize"]
-        absmax, nested = _nearest(self.part("nested_quant_map"), shifted, size)
+        absmax, nested = _nearest(self._nested_table, shifted, size)
         return {"codes": both, "absmax": absmax[: scales.numel()], "nested_absmax": nested}
 
     def packing(self) -> str:  # noqa: D102
@@ -284,7 +300,7 @@ def _nearest(table: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]
     """Return the places in a table of values over their blocks' greatest, and these; padded."""
     blocks = pad(values.flatten(), (0, -values.numel() % block)).view(-1, block)
     greatest = blocks.abs().amax(dim=1)
-    ordered, order = table.float().flatten().sort()
+    ordered, order = table.sort()
     middles = (ordered[1:] + ordered[:-1]) / 2
     nearest = torch.bucketize(blocks / _divisor(greatest)[:, None], middles, out_int32=True)
     return order.to(torch.uint8)[nearest.flatten()], greatest

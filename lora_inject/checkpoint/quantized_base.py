@@ -153,7 +153,7 @@ def _float8(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found
     n_blocks = (-(-n_out // block[0]), -(-n_in // block[1]))
     shape = n_blocks if len(scales.shape) > 1 else math.prod(n_blocks)
     _check_parts(entry, {"scales": scales}, {"scales": (_FLOATS, shape)})
-    parts = {"codes": entry, "scales": scales, **_scales_of_inputs(checkpoint, entry.name)}
+    parts = {"codes": entry, "scales": scales, **_of_inputs(checkpoint, entry.name)}
     blocks, powers = (block[0], block[1]), said.get("scale_fmt") == "ue8m0"
     return entry.name, Float8(checkpoint.path_of, entry.shape, parts, blocks, powers)
 
@@ -170,14 +170,14 @@ def _nvfp4(checkpoint: Checkpoint, entry: TensorEntry, _: Settings) -> Found:
     due: Due = {"codes": ({"U8"}, (n_out, n_in // 2)), "whole": ({"F32"}, 1)}
     _check_parts(entry, parts, due | {"scales": ({"F8_E4M3"}, (n_out, n_in // 16))})
     _check(entry, n_in % 16 == 0, f"its rows are {n_in} long, and groups of 16 share a scale")
-    parts |= _scales_of_inputs(checkpoint, name)
+    parts |= _of_inputs(checkpoint, name)
     return name, Nvfp4(checkpoint.path_of, (n_out, n_in), parts, divides)
 
 
-def _scales_of_inputs(checkpoint: Checkpoint, name: str) -> dict[str, TensorEntry]:
-    """Return the scales of a layer's activations, which no plain weight has."""
-    module = name.removesuffix("weight")
-    return _beside(checkpoint, module, one="input_scale", all="input_global_scale")
+def _of_inputs(checkpoint: Checkpoint, name: str) -> dict[str, TensorEntry]:
+    """Return the scales of a layer's activations: parts, as no plain weight has them."""
+    ends = ("input_scale", "input_global_scale")
+    return _beside(checkpoint, name.removesuffix("weight"), **{end: end for end in ends})
 
 
 def _mxfp4(checkpoint: Checkpoint, entry: TensorEntry, said: Settings) -> Found:
