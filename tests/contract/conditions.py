@@ -278,10 +278,7 @@ CONDITIONS: dict[str, Condition] = {
         call=checkpointed(True), refused=dict.fromkeys(TABLES, li.LayerError)
     ),
     "functional call": Condition(call=by_functional_call),
-    "vmap": Condition(
-        call=row_by_row,
-        kinds=[name for name in KINDS if name != "bilinear"],  # which torch has no rule for
-    ),
+    "vmap": Condition(call=row_by_row),
     "read by another": Condition(call=read_by_another),
     "traced": Condition(call=traced, trains="nothing"),
     "compiled": Condition(call=compiled, kinds=COMPILED),

@@ -163,7 +163,6 @@ KINDS: dict[str, Kind] = {
     "conv_transpose 1d": Kind(
         lambda: nn.ConvTranspose1d(4, 3, 2), (4, 6), [(4, 4, 3)], transposed=True, **READ
     ),
-    "bilinear": Kind(lambda: nn.Bilinear(3, 4, 5), (12, 5), [(4, 3), (4, 4)], **READ),
     "parameter": Kind(Mix, (5, 6), **MATRIX),
     "turned parameter": Kind(Mix, (6, 5), rule={"layout": "in_out"}, transposed=True, **MATRIX),
     "slices of a parameter": Kind(Mix, (5, 6), rule=EQUAL, spans=((0, 2), (4, 6)), **MATRIX),

@@ -30,7 +30,7 @@ def weight(model: nn.Module, kind: Kind) -> nn.Parameter:
 
 def test_the_table_holds_each_kind_that_a_plan_can_name() -> None:
     named = {li.plan(host(kind), kind.config).sites[0].kind for kind in KINDS.values()}
-    stock = {"linear", "conv1d", "embedding", "conv", "conv_transpose", "bilinear", "parameter"}
+    stock = {"linear", "conv1d", "embedding", "conv", "conv_transpose", "parameter"}
     assert named == stock
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import fill
 from helpers.reference import config
 from helpers.refusals import refused
-from torch import nn
+from torch import Tensor, nn
 
 import lora_inject as li
 
@@ -65,3 +65,34 @@ def test_a_scripted_part_of_a_model_stays_as_it_is_beside_adapters() -> None:
     )
     hidden = scripted(nn.functional.linear(x, W, model[0].bias))
     torch.testing.assert_close(model(x), nn.functional.linear(hidden, V, model[2].bias))
+
+
+class Bilinear(nn.Module):
+    """A layer of torch that no kind stands for, behind one that it could be taken with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Bilinear(3, 4, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x), y)
+        return out
+
+
+@pytest.mark.parametrize("more", [{}, {"kind": "bilinear"}], ids=str)
+def test_a_layer_of_no_kind_is_refused_by_name_and_its_weight_is_adapted(more: Any) -> None:
+    model = Bilinear().double()
+    with refused(li.MatchError, "'second' (Bilinear)", "'second.weight'", model=model):
+        li.inject(model, {"targets": [{"match": "second", **more}]})
+    with refused(li.MatchError, "layout", "{in: [0], out: [1, 2]}", model=model):
+        li.inject(model, config(r"second\.weight"))
+    layout = {"out": [0], "in": [1, 2]}
+    fill(li.inject(model, {"rank": 2, "targets": [{"match": r"second\.weight", "layout": layout}]}))
+    site = li.adapter_state(model).sites["second.weight"]
+    delta = site.scale * site.B @ site.A
+    x, y = torch.randn(2, 3).double(), torch.randn(2, 4).double()
+    wanted = nn.functional.bilinear(
+        model.first(x), y, dict(model.named_parameters())["second.weight"] + delta.view(5, 3, 4)
+    )
+    torch.testing.assert_close(model(x, y), wanted + model.second.bias)

@@ -19,9 +19,9 @@ FORMATS = {"native": "adapter.safetensors", "peft": "peft"}
 """Format to the name of what it writes, in the folder of a case."""
 
 # PEFT scales no embedding after its update, dilates no A, shares no rank among groups, and adapts
-# neither transposed convolutions nor bilinear layers.
+# no transposed convolutions.
 NOT_IN_PEFT = {
-    "scaled embedding", "conv 1d", "conv 2d", "conv_transpose 1d", "conv_transpose 2d", "bilinear",
+    "scaled embedding", "conv 1d", "conv 2d", "conv_transpose 1d", "conv_transpose 2d",
 }  # fmt: skip
 
 

@@ -432,22 +432,9 @@ class LoRAConvTranspose(WeightUpdate):
         return Geometry(shape[0], math.prod(shape[1:]), shape, transposed=True)
 
 
-class LoRABilinear(WeightUpdate):
-    """Weight update of `nn.Bilinear`: the matrix is `(out, in1 * in2)`."""
-
-    kind = "bilinear"
-    classes = (nn.Bilinear,)
-
-    @staticmethod
-    def geometry(module: Any) -> Geometry:
-        """Return the widths that the layer states."""
-        shape = (module.out_features, module.in1_features, module.in2_features)
-        return Geometry(shape[1] * shape[2], shape[0], shape)
-
-
 # ---------------------------------------------------------------------------------------- the table
 
-_BUILT_IN = (LoRALinear, LoRAConv1D, LoRAEmbedding, LoRAConv, LoRAConvTranspose, LoRABilinear)
+_BUILT_IN = (LoRALinear, LoRAConv1D, LoRAEmbedding, LoRAConv, LoRAConvTranspose)
 KINDS: dict[str, type[Adapted]] = {row.kind: row for row in _BUILT_IN}
 """Each kind's class; the first that matches a layer's class is its kind."""
 

@@ -137,13 +137,13 @@ def _take(
                 made[key] = _site(candidate, rule, i, f"'{candidate.name}', matched by {label}")
             spec = made[key].at(candidate.name, candidate.weight, candidate.aliases)
             taken[number] = candidate, spec
-    others = [] if rule.kind is not None else _others(names, inventory)
     if len(taken) == n_before:
         if left:
             who = ", ".join(f"{taker} ({n:,})" for taker, n in left.items())
             remedy = "Put the narrower rule first, or remove this one"
             raise MatchError(label, f"all that it matches is taken by {who}", remedy)
-        raise _all_skipped(label, others, inventory)
+        raise _all_skipped(label, _others(names, inventory), inventory)
+    others = [] if rule.kind is not None else _others(names, inventory)
     return [*skipped, *(Skipped(name, i, inventory.reason(name)) for name in others)]
 
 
@@ -207,9 +207,9 @@ def _of_kind(
     """Return the matched candidates of a kind, by default all; raise if there are others only."""
     candidates = list(_candidates(names, inventory))
     of_kind = [pair for pair in candidates if kind is None or pair[1].kind == kind]
-    if kind is not None and not of_kind:
+    if kind is not None and candidates and not of_kind:
         kinds = Counter(candidate.kind for _, candidate in candidates)
-        there = ", ".join(f"{other} ({n:,})" for other, n in kinds.items()) or "no kind of layer"
+        there = ", ".join(f"{other} ({n:,})" for other, n in kinds.items())
         problem = f"nothing that it matches is of kind '{kind}', but of {there}"
         raise MatchError(label, problem, meant(kind, kinds))
     return of_kind
