@@ -1,18 +1,16 @@
-"""What an adapter has learned: spectra, subspaces, its size, and what rounding leaves of it.
+"""What an adapter has learned: spectra, its size, and what rounding leaves of it.
 
 Every figure is a pure function of tensors or of an `AdapterState`; W is needed by few of
 them, and is then streamed from a checkpoint. Nothing here needs a model.
 """
 
 from lora_inject.algebra.svd import ThinProduct
-from lora_inject.analysis.figures import Analysis, Comparison, Finding, analyze, compare
+from lora_inject.analysis.figures import Analysis, Finding, analyze
 from lora_inject.analysis.inspection import Inspection, inspect_state
 from lora_inject.analysis.numbers import (
     SHARES,
     SiteBlock,
     Spectrum,
-    directions,
-    similarity,
     site_blocks,
     spectrum,
 )
@@ -24,7 +22,6 @@ __all__ = [
     "FORMATS",
     "SHARES",
     "Analysis",
-    "Comparison",
     "Finding",
     "Inspection",
     "Rounded",
@@ -32,13 +29,10 @@ __all__ = [
     "Spectrum",
     "ThinProduct",
     "analyze",
-    "compare",
-    "directions",
     "draw_pictures",
     "inspect_state",
     "need_matplotlib",
     "report",
-    "similarity",
     "site_blocks",
     "spectrum",
     "write_report",

@@ -1,4 +1,4 @@
-"""All figures of one adapter, compared with W and with another adapter, and what they tell.
+"""All figures of one adapter, alone and compared with W, and what they tell.
 
 An `Analysis` is plain numbers. What prints, draws or warns reads it and computes nothing. A finding
 is a rule with a threshold that is stated here, the sentence that a reader gets, and the names it
@@ -14,14 +14,10 @@ from operator import attrgetter
 from pathlib import Path
 from statistics import median
 
-from torch import Tensor
-
-from lora_inject.algebra.values import called
 from lora_inject.analysis.numbers import (
     SHARES,
     Place,
     Spectrum,
-    similarity,
     site_blocks,
     spectrum,
 )
@@ -37,126 +33,6 @@ ONE_DIRECTION = 0.99  # of the energy in the first direction: a block that has o
 SPARE = 2  # a rank is larger than needed where 99% of the energy fits into the rank over this
 LEAST_KEPT = 0.9  # share of a delta that must survive rounding
 LOUD = 1.0  # `|D| / |W|` from which a delta outweighs its weight
-
-
-# ---------------------------------------------------------------------------------- two adapters
-
-
-@dataclass(frozen=True)
-class Overlap(Figures):
-    """Phi of one pair of blocks on one side."""
-
-    phi: Tensor  # `(k1, k2)` float64; the entry `[i - 1, j - 1]` is `phi(i, j)`
-    dim: int  # d, the width that the spans live in
-
-    @property
-    def first(self) -> float:
-        """`phi(1, 1)`; NaN where a side has no directions."""
-        return float(self.phi[0, 0]) if self.phi.numel() else math.nan
-
-    @property
-    def whole(self) -> float:
-        """`phi(k1, k2)`; NaN where a side has no directions."""
-        return float(self.phi[-1, -1]) if self.phi.numel() else math.nan
-
-    @property
-    def whole_by_chance(self) -> float:
-        """The mean of `whole` over random subspaces, `max(k1, k2) / d`."""
-        return max(self.phi.shape) / self.dim
-
-
-@dataclass(frozen=True)
-class Pair(Place):
-    """One block in both adapters."""
-
-    ranks: tuple[int, int]  # r of the first and of the second
-    right: Overlap  # on the side of A
-    left: Overlap  # on the side of B
-
-
-@dataclass(frozen=True)
-class Comparison(Figures):
-    """Two adapters compared.
-
-    Attributes:
-        pairs: Every block that both have.
-        only_first: Names of sites that only the first has.
-        only_second: Names of sites that only the second has.
-    """
-
-    pairs: tuple[Pair, ...]
-    only_first: tuple[str, ...] = ()
-    only_second: tuple[str, ...] = ()
-
-    def rows(self) -> Listing:
-        """Return how far the subspaces agree, for each block."""
-        rows = []
-        for pair in self.pairs:
-            sides = ((s.first, s.whole, s.whole_by_chance) for s in (pair.right, pair.left))
-            ranks = ", ".join(map(str, pair.ranks))
-            rows.append((pair.name, ranks, *(value for side in sides for value in side)))
-        heads = (f"{side}: {what}" for side in "AB" for what in ("phi(1,1)", "whole", "chance"))
-        return Listing(("block", "ranks", *heads), tuple(rows))
-
-
-def compare(first: AdapterState, second: AdapterState) -> Comparison:
-    """Compare two adapters of one base: of two ranks, of two seeds, of two tasks.
-
-    Blocks of the same name are compared, on the side of A and on the side of B.
-
-    Args:
-        first: One adapter.
-        second: The other.
-
-    Returns:
-        Phi for every block that both have.
-
-    Raises:
-        StateError: They have no site in common, a common site has different widths, or one of them
-            holds NaN or Inf.
-
-    Examples:
-        >>> import torch
-        >>> from lora_inject.core.spec.sites import SiteSpec
-        >>> from lora_inject.core.adapter.site_state import SiteState
-        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
-        >>> one = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
-        >>> pair = compare(one, one).pairs[0]
-        >>> pair.right.whole, pair.right.whole_by_chance
-        (1.0, 0.5)
-    """
-    for state, name in zip((first, second), called((first, second)), strict=True):
-        state.check_finite(f"compare, {name}")
-    common = [name for name in first.sites if name in second.sites]
-    if not common:
-        problem = f"of {len(first.sites)} and {len(second.sites)} sites none has the same name"
-        raise StateError("compare two adapters", problem, "Compare adapters of one base")
-    return Comparison(
-        tuple(pair for name in common for pair in _pairs(name, first, second)),
-        tuple(name for name in first.sites if name not in second.sites),
-        tuple(name for name in second.sites if name not in first.sites),
-    )
-
-
-def _pairs(name: str, first: AdapterState, second: AdapterState) -> Iterator[Pair]:
-    theirs = {block.label: block for block in site_blocks(second.sites[name])}
-    for one in site_blocks(first.sites[name]):
-        two = theirs.get(one.label)
-        if two is None:
-            continue
-        if one.delta.shape != two.delta.shape:
-            shapes = zip(called((first, second)), (one, two), strict=True)
-            problem = " and ".join(f"{n} updates {list(b.delta.shape)}" for n, b in shapes)
-            remedy = "Compare adapters of one base"
-            raise StateError(f"compare '{name}' of two adapters", problem, remedy)
-        right, left = (
-            Overlap(similarity(mine, other), mine.shape[0])
-            for mine, other in zip(one.spans(), two.spans(), strict=True)
-        )
-        yield Pair(name, one.label, (one.rank, two.rank), right, left)
-
-
-# ----------------------------------------------------------------------------------- one adapter
 
 
 @dataclass(frozen=True)
@@ -208,13 +84,11 @@ class Analysis(ListReport):
         blocks: Every block of every site.
         weights: Site to its comparison with W; empty without a base.
         base: Folder of the base, None without one.
-        comparison: The adapter compared with another one, None without one.
     """
 
     blocks: tuple[BlockFigures, ...]
     weights: dict[str, SiteOnWeight] = field(default_factory=dict)
     base: str | None = None
-    comparison: Comparison | None = None
 
     @property
     def n_sites(self) -> int:
@@ -294,18 +168,12 @@ class Analysis(ListReport):
 
     def _lines(self, width: int, *, everything: bool) -> Iterator[str]:
         tables = [self.block_rows(), self.weight_rows(), self.rounding_rows()]
-        compared = self.comparison
-        tables += [compared.rows()] if compared is not None else []
         for rows in tables:
             if rows.cells:
                 yield from rows.lines(width, everything=everything)
                 yield ""
         if not everything and len(self.blocks) > len(tables[0].by_kind().cells):
             yield "Numbers of several blocks are medians; --all lists each block."
-        if compared is not None:
-            for which, names in (("first", compared.only_first), ("second", compared.only_second)):
-                head = f"only in the {which}:"
-                yield from listed(head, templates(names), width, everything=everything)
         for finding in self.findings:
             yield from wrapped(f"{finding.code}: {finding.text}", width)
             head = f"  {len(finding.names):,}:"
@@ -327,18 +195,16 @@ def percent(share: float) -> str:
 def analyze(
     state: AdapterState,
     base: Checkpoint | str | Path | None = None,
-    other: AdapterState | None = None,
     *,
     any_base: bool = False,
     label: str = "the adapter",
     progress: Progress | None = None,
 ) -> Analysis:
-    """Compute the figures of an adapter, compared with its base or another adapter if it is given.
+    """Compute the figures of an adapter, compared with its base if it is given.
 
     Args:
         state: The adapter.
         base: Its base, a safetensors checkpoint that is streamed; None: the adapter alone.
-        other: Another adapter of the same base.
         any_base: Compare although the adapter was made on another base.
         label: What to call the adapter in messages.
         progress: Called with bytes done and bytes in all.
@@ -347,7 +213,7 @@ def analyze(
         The figures.
 
     Raises:
-        StateError: The adapter has no sites, or holds NaN or Inf; or as of `compare`.
+        StateError: The adapter has no sites, or holds NaN or Inf.
         CheckpointError: It does not fit the base.
 
     Examples:
@@ -367,7 +233,6 @@ def analyze(
     if isinstance(base, str | Path):
         base = Checkpoint.open(base)
     weights = None if base is None else Weights(state, base, label, any_base=any_base)
-    comparison = None if other is None else compare(state, other)
     sizes = {
         name: site.A.nbytes + site.B.nbytes + (weights.n_bytes(name) if weights else 0)
         for name, site in state.sites.items()
@@ -382,4 +247,4 @@ def analyze(
         if weights is not None:
             on_weight[name] = weights.look(name)
     folder = None if base is None else str(base.folder)
-    return Analysis(tuple(blocks), on_weight, folder, comparison)
+    return Analysis(tuple(blocks), on_weight, folder)

@@ -1,15 +1,8 @@
-"""The low-rank blocks of a site: their names, their singular values, and the spans of two compared.
+"""The low-rank blocks of a site: their names, and the singular values of each.
 
 Whatever a site is, its delta is a few products `left @ right` of `(out, k)` and `(k, in)`. All
 figures of a delta come from its thin factors, so no matrix of the size of W is formed. The frozen
 start of pissa and olora is `k` more columns with the opposite sign.
-
-Two sets of directions are compared by eq. (4) of the paper: `phi(i, j) = |U1_i^T U2_j|_F^2 /
-min(i, j)` for all i and j is one product of the two, squared, and summed along both sides. It is 1
-where the smaller span lies in the larger, 0 where they are orthogonal, and `max(i, j) / d` on
-average for random spans in d dimensions: the mean of `|U1^T U2|_F^2` is then `i j / d`, a sum of i
-times j squares, each of one coordinate of a random unit vector.
-Source: arXiv:2106.09685, section 7.2.
 """
 
 from __future__ import annotations
@@ -84,7 +77,7 @@ P = TypeVar("P", bound=Place)
 
 
 def by_kind(places: Iterable[P]) -> dict[str, list[P]]:
-    """Group blocks or pairs by their kind, those of a kind from the first layer to the last.
+    """Group blocks by their kind, those of a kind from the first layer to the last.
 
     A file may hold layer 10 before layer 2.
     """
@@ -102,22 +95,11 @@ class SiteBlock(Place):
     A: Tensor  # `(rank, in)`, as stored
     B: Tensor  # `(out, rank)`, as stored
     delta: ThinProduct  # `scale * B @ A`, less the frozen start
-    frozen_start: bool  # whether there is one (pissa, olora)
 
     @property
     def rank(self) -> int:
         """r, the rows of A."""
         return self.A.shape[0]
-
-    def spans(self) -> tuple[Tensor, Tensor]:
-        """Return the directions of A, `(in, k)`, and of B, `(out, k)`.
-
-        A and B of a site with a frozen start hold that start too: there they are the delta's.
-        """
-        if self.frozen_start:
-            U, _, V = self.delta.svd()
-            return V, U
-        return directions(self.A), directions(self.B.T)
 
 
 def site_blocks(site: SiteState, *, checked: bool = True) -> tuple[SiteBlock, ...]:
@@ -162,8 +144,7 @@ def blocks_of_terms(terms: Sequence[Patch], *, checked: bool = True) -> tuple[Si
         left = [spec.scale * weight * b.double() for _, b, weight in parts]
         delta = ThinProduct(torch.cat(left, 1), torch.cat([a.double() for a, _, _ in parts]))
         A, B, _ = parts[0]
-        several = len(terms) > 1
-        made.append(SiteBlock(spec.name, label, block, A, B, delta, several))
+        made.append(SiteBlock(spec.name, label, block, A, B, delta))
     return tuple(made)
 
 
@@ -269,46 +250,3 @@ def spectrum(delta: ThinProduct) -> Spectrum:
     values = torch.zeros(min(*delta.shape, delta.left.shape[1]), dtype=S.dtype, device=S.device)
     values[: len(S)] = S
     return Spectrum(values)
-
-
-def directions(matrix: Tensor) -> Tensor:
-    """Return the right singular directions of a matrix, the strongest first.
-
-    Args:
-        matrix: `(m, n)`, any floating dtype: A, or the transpose of B.
-
-    Returns:
-        `(n, k)` float64, orthonormal columns. Directions whose singular value is zero to float64
-        say nothing and are left out, so k is the rank.
-
-    Examples:
-        >>> directions(torch.tensor([[0.0, 5.0, 0.0], [0.0, 0.0, 0.0]])).abs()
-        tensor([[0.],
-                [1.],
-                [0.]], dtype=torch.float64)
-    """
-    _, S, Vh = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
-    noise = S[:1] * max(matrix.shape) * torch.finfo(S.dtype).eps
-    span: Tensor = Vh[: int(S.gt(noise).sum())].T
-    return span
-
-
-def similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Compare two sets of orthonormal directions by eq. (4).
-
-    Args:
-        first: `(d, k1)`, the strongest first: `directions` of A of one adapter.
-        second: `(d, k2)` of another one: of another rank, seed or site.
-
-    Returns:
-        `(k1, k2)` float64; the entry `[i - 1, j - 1]` is `phi(i, j)`, in [0, 1].
-
-    Examples:
-        >>> A = torch.randn(3, 20)
-        >>> mixed = torch.randn(3, 3) @ A  # spans the same space
-        >>> round(float(similarity(directions(A), directions(mixed))[-1, -1]), 6)
-        1.0
-    """
-    overlap = (first.T @ second).square().cumsum(0).cumsum(1)
-    i, j = (torch.arange(1, n + 1, device=overlap.device) for n in overlap.shape)
-    return (overlap / torch.minimum(i[:, None], j)).clamp(max=1.0)

@@ -21,20 +21,13 @@ from lora_inject.errors import StateError, user_path
 from lora_inject.version import __version__
 
 
-def report(
-    analysis: Analysis,
-    state: AdapterState,
-    title: str,
-    *,
-    other: str = "the other adapter",
-) -> str:
+def report(analysis: Analysis, state: AdapterState, title: str) -> str:
     """Write the page about an adapter.
 
     Args:
         analysis: Its figures.
         state: The adapter itself.
         title: What to call it.
-        other: What to call the one that it is compared with.
 
     Returns:
         HTML that loads nothing; every name in it is escaped.
@@ -85,9 +78,7 @@ def report(
         blocks=analysis.block_rows(),
         weights=analysis.weight_rows() if analysis.weights else None,
         rounded=analysis.rounding_rows() if analysis.weights else None,
-        pairs=analysis.comparison and analysis.comparison.rows(),
         drawn=drawn,
-        other=other,
         version=__version__,
     )
     return str(page)

@@ -78,7 +78,6 @@ def _styled() -> Iterator[None]:
 def pictures(analysis: Analysis) -> dict[str, list[tuple[str, Any]]]:
     """Return titles and figures by the section of the page that shows them."""
     blocks, beside, kinds = analysis.blocks, analysis.on_weight(), by_kind(analysis.blocks)
-    pairs = analysis.comparison.pairs if analysis.comparison is not None else ()
     likeness = {
         form: [(Place(name, ""), site.rounded[form].likeness if site.changed else math.nan)
                for name, site in analysis.weights.items()]
@@ -100,19 +99,13 @@ def pictures(analysis: Analysis) -> dict[str, list[tuple[str, Any]]]:
             (f"Likeness in {form}", heat_map(of_sites, 1.0))
             for form, of_sites in likeness.items() if of_sites
         ],
-        "compared": [
-            *_map("Side of A: phi(1, 1)", pairs, "right.first", 1.0),
-            *_map("Side of A: phi of the whole spans", pairs, "right.whole", 1.0),
-            *_map("Side of B: phi(1, 1)", pairs, "left.first", 1.0),
-            *_map("Side of B: phi of the whole spans", pairs, "left.whole", 1.0),
-        ],
     }  # fmt: skip
 
 
 def _map(
     title: str, places: Sequence[Place], value: str, high: float | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Yield a heat map of an attribute of blocks or pairs, if there are any."""
+    """Yield a heat map of an attribute of blocks, if there are any."""
     if places:
         yield title, heat_map([(place, attrgetter(value)(place)) for place in places], high)
 

@@ -53,7 +53,7 @@ COMMANDS = MappingProxyType(
         ),
         "analyze": Command(
             "look",
-            "Show what ADAPTER has learned: needed rank, spectra, subspaces.",
+            "Show what ADAPTER has learned: spectra, the rank that it needed.",
             "analyze sql-adapter --base gpt2 --report report.html",
         ),
         "merge": Command(

@@ -81,9 +81,6 @@ def inspect(
 
 def analyze(
     adapter: options.AdapterPath,
-    other: Annotated[
-        Path | None, Argument(metavar="OTHER", help="Another adapter of the same base, to compare.")
-    ] = None,
     *,
     base: Annotated[
         Path | None, Option(help="Folder or file of the base: compare updates with its weights.")
@@ -100,7 +97,7 @@ def analyze(
 ) -> None:
     """With --base also its size compared with W, and what a merge in 16, 8 and 4 bits keeps.
 
-    With OTHER also the overlap of the subspaces.
+    `diff` compares two adapters.
     """
     if any_base and base is None:
         raise BadParameter("it needs --base", param_hint="--any-base")
@@ -109,16 +106,15 @@ def analyze(
     if pictures is not None or report is not None:
         analysis.need_matplotlib()  # before anything is computed
     checkpoint = None if base is None else Checkpoint.open(options.model_folder(base))
-    state, *others = reading.read([adapter] if other is None else [adapter, other], checkpoint)
+    [state] = reading.read([adapter], checkpoint)
     with progress_bar("analyzing") as progress:
         figures = analysis.analyze(
-            state, checkpoint, *others, any_base=any_base, label=str(adapter), progress=progress
+            state, checkpoint, any_base=any_base, label=str(adapter), progress=progress
         )
     written = [] if pictures is None else analysis.draw_pictures(pictures, figures)
     if report is not None:
         # The last name alone may be `adapter`.
-        title, name = ("/".join(path.parts[-2:]) if path else "" for path in (adapter, other))
-        page = analysis.report(figures, state, title, other=name)
+        page = analysis.report(figures, state, "/".join(adapter.parts[-2:]))
         written.append(analysis.write_report(report, page))
     listing.show(figures, written=[str(path) for path in written])
     for path in written:

@@ -1,5 +1,10 @@
 """Stage `directions`: rank deficiency of adapters of q and v at r = 8 and 64 (section 7).
 
+Two sets of directions are compared by eq. (4): `phi(i, j) = |U1_i^T U2_j|_F^2 / min(i, j)`. It is 1
+where the smaller span lies in the larger, 0 where they are orthogonal, and `max(i, j) / d` on
+average for random spans in d dimensions: the mean of `|U1^T U2|_F^2` is then `i j / d`, a sum of i
+times j squares, each of one coordinate of a random unit vector.
+
 Ranks are compared across different seeds: with the same seed the smaller A would start as a part
 of the larger one, and what they share would prove nothing.
 """
@@ -45,6 +50,23 @@ def blocks(lab: Lab, rank: int, seed: int, kind: str) -> dict[str, Any]:
     return {name: analysis.site_blocks(site)[0] for name, site in chosen.items()}
 
 
+def right_directions(matrix: Tensor) -> Tensor:
+    """The right singular directions `(n, rank)` of `(m, n)`, the strongest first, in float64.
+
+    Directions whose singular value is zero to float64 say nothing and are left out.
+    """
+    _, S, Vh = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
+    noise = S[:1] * max(matrix.shape) * torch.finfo(S.dtype).eps
+    return Vh[: int(S.gt(noise).sum())].T
+
+
+def similarity(first: Tensor, second: Tensor) -> Tensor:
+    """`(k1, k2)` of directions `(d, k1)` and `(d, k2)`: `[i - 1, j - 1]` is `phi(i, j)`."""
+    overlap = (first.T @ second).square().cumsum(0).cumsum(1)
+    i, j = (torch.arange(1, n + 1) for n in overlap.shape)
+    return (overlap / torch.minimum(i[:, None], j)).clamp(max=1.0)
+
+
 def similarities(lab: Lab) -> Result:
     """phi(1, 1) and that of all, each beside chance: means over sites and pairs of seeds."""
     found: Result = {"ranks": [], "seeds": []}
@@ -54,8 +76,8 @@ def similarities(lab: Lab) -> Result:
         for first, second in of(lab.sizes.seeds, 2):
             other = blocks(lab, RANKS[-1], second, kind)
             for site, block in blocks(lab, small, first, kind).items():
-                one, two = (analysis.directions(b.A) for b in (block, other[site]))
-                grids.append(analysis.similarity(one, two))
+                one, two = (right_directions(b.A) for b in (block, other[site]))
+                grids.append(similarity(one, two))
                 dim = len(one)
         last = min(grids[0].shape) - 1
         phi = [(mean(g[i, i].item() for g in grids), (i + 1) / dim) for i in (0, last)]

@@ -1,8 +1,6 @@
 """Figures of an adapter, each against its definition in dense float64 numpy."""
 
-import math
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from torch import Tensor, nn
 import lora_inject as li
 from contract.kinds import KINDS, dense_delta, injected
 
-FLOAT64 = 1e-10  # sums of a few hundred float64 products of size 1, with a margin
 analysis = li.analysis  # noqa: TID251 - a public name
 
 
@@ -145,46 +142,12 @@ def test_a_spectrum_of_nothing_and_of_a_rank_above_the_widths() -> None:
     assert (none.rank, none.stable_rank, none.effective_rank, none.rank_for(0.9)) == (0,) * 4
 
 
-# -------------------------------------------------------------------------- comparison and findings
+# ----------------------------------------------------------------------------------------- findings
 
 
 def matrices(*names: str, seed: int = 0, n_out: int = 7, n_in: int = 9, **rule: Any) -> Any:
     rows = [linear(name, n_in, n_out, **{"rank": 4, **rule}) for name in names]
     return state_of(*rows, seed=seed)
-
-
-def phi(one: Tensor, other: Tensor, i: int, j: int) -> float:
-    """Eq. (4) as it is written: the top i and j right singular directions of two matrices."""
-    tops = [np.linalg.svd(m.double().numpy())[2][:n].T for m, n in ((one, i), (other, j))]
-    return float(np.linalg.norm(tops[0].T @ tops[1]) ** 2 / min(i, j))
-
-
-def test_a_comparison_is_equation_4_of_every_common_block() -> None:
-    one, two = matrices("h.0.q", "h.1.q", "a"), matrices("h.1.q", "h.0.q", "b", rank=6, seed=9)
-    compared = analysis.compare(one, two)
-    assert [pair.name for pair in compared.pairs] == ["h.0.q", "h.1.q"]
-    assert (compared.only_first, compared.only_second) == (("a",), ("b",))
-    for pair in compared.pairs:
-        first, second = one.sites[pair.site], two.sites[pair.site]
-        for side, x, y in ((pair.right, first.A, second.A), (pair.left, first.B.T, second.B.T)):
-            assert side.phi.shape == (4, 6)
-            for i, j in product(range(4), range(6)):
-                wanted = phi(x, y, i + 1, j + 1)
-                assert float(side.phi[i, j]) == pytest.approx(wanted, abs=FLOAT64)
-            assert (side.first, side.whole) == (float(side.phi[0, 0]), float(side.phi[-1, -1]))
-        assert (pair.right.whole_by_chance, pair.left.whole_by_chance) == (6 / 9, 6 / 7)
-
-
-def test_what_has_nothing_to_compare_is_nan_or_refused() -> None:
-    one, zero = matrices("a"), matrices("a")
-    zero.sites["a"].B.zero_()
-    pair = analysis.compare(one, zero).pairs[0]
-    assert math.isnan(pair.left.whole)
-    assert pair.right.whole == pytest.approx(1)
-    with refused(li.StateError, "1"):
-        analysis.compare(one, matrices("b"))
-    with refused(li.StateError, "[7, 9]", "[7, 8]"):
-        analysis.compare(one, matrices("a", n_in=8))
 
 
 def with_values(n_out: int, n_in: int, *values: float, rank: int = 4) -> li.AdapterState:

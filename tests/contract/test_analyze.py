@@ -22,13 +22,13 @@ NAMES = [f"h.{i}.{leaf}" for i in range(2) for leaf in LEAVES]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of two layers, two adapters of it, one that is inert, and another base."""
+    """A base of two layers, an adapter of it, one that is inert, and another base."""
     folder = tmp_path_factory.mktemp("analyze")
     torch.manual_seed(0)
     model = tree({name: nn.Linear(8, LEAVES[name[4:]], bias=False) for name in NAMES})
     save_checkpoint(folder / "base", model.state_dict())
     save_checkpoint(folder / "changed", {n: t + 1 for n, t in model.state_dict().items()})
-    for name in ("one", "two", "inert"):
+    for name in ("one", "inert"):
         li.inject(model, {"rank": 2, "alpha": 4, "targets": ["q_proj", "up"]}, name)
         li.save_adapter(model if name == "inert" else fill(model, name, 0.3), folder / name, name)
     return folder
@@ -51,10 +51,10 @@ def test_table_page_and_pictures_show_every_site_and_load_nothing(run, files, tm
     pytest.importorskip("matplotlib")
     page, folder = tmp_path / "report.html", tmp_path / "new" / "pictures"
     page.write_text("an older one")
-    ran = run("analyze", files / "one", files / "two", "--base", files / "base", "--all",
+    ran = run("analyze", files / "one", "--base", files / "base", "--all",
               "--report", page, "--pictures", folder)  # fmt: skip
     assert ran.code == 0
-    assert all(ran.out.count(name) == 4 for name in NAMES)  # block, weight, rounding, overlap
+    assert all(ran.out.count(name) == 3 for name in NAMES)  # block, weight, rounding
     assert "4 sites, 4 blocks; rank 2 holds 99% (median)" in ran.out
     drawn = {f"spectra-h-{leaf}.png" for leaf in LEAVES}
     assert drawn < {path.name for path in folder.iterdir()}
@@ -73,7 +73,7 @@ def test_every_name_in_a_page_is_escaped(run: Any, tmp_path: Path) -> None:
     row = Site(f"h.0.{evil}", lambda: nn.Linear(9, 6), 6, rule)
     path = li.write_adapter(state_of(row), tmp_path / evil.replace("/", ""), "native")
     page = tmp_path / "page.html"
-    assert run("analyze", path, path, "--report", page).code == 0
+    assert run("analyze", path, "--report", page).code == 0
     text = page.read_text(encoding="utf-8")
     assert "<script" not in text
     assert not re.search(r'="[^"<>]*"><script', text), "it ends no attribute"

@@ -425,7 +425,7 @@ def test_what_is_refused_says_why_by_its_exit_code_and_writes_nothing(
 
 
 NAN = [
-    "combine {good} {bad} --method linear -o {out}", "diff {good} {bad}", "analyze {bad} {good}",
+    "combine {good} {bad} --method linear -o {out}", "diff {good} {bad}", "analyze {bad}",
     "convert {bad} {out} --to native",
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Programs of scripts/, as far as whoever runs one would miss it: data, loss, resuming, output."""
 
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import script
@@ -27,6 +29,7 @@ with mock.patch.dict(os.environ):  # which these set, for programs of their own
     bench = script("bench")
     reproduce = script("reproduction.__main__").main
     sentences = script("reproduction.sentences")
+    directions = script("reproduction.directions")
 pairs = script("data.pairs")
 
 # ------------------------------------------------------------------------------- the environment
@@ -168,6 +171,18 @@ def test_a_gap_is_paired_by_row_and_has_the_error_of_rows_and_seeds() -> None:
     rows = torch.tensor([0.0, 0.5, 0.5, 0.5])  # mean over seeds of one minus other
     of_seeds = torch.tensor([0.5, 0.25]).std() / 2**0.5
     assert gap.error == pytest.approx(math.hypot(rows.std() / 4**0.5, of_seeds))
+
+
+def test_phi_is_equation_4_as_it_is_written() -> None:
+    one, other = (torch.randn(rank, 9, dtype=torch.float64) for rank in (4, 6))
+    found = directions.similarity(*map(directions.right_directions, (one, other)))
+    assert found.shape == (4, 6)
+    tops = [np.linalg.svd(matrix.numpy())[2].T for matrix in (one, other)]
+    for i, j in itertools.product(range(1, 5), range(1, 7)):
+        both = tops[0][:, :i].T @ tops[1][:, :j]
+        wanted = np.linalg.norm(both) ** 2 / min(i, j)
+        assert float(found[i - 1, j - 1]) == pytest.approx(wanted, abs=1e-10)
+    assert directions.right_directions(torch.zeros(2, 9)).shape == (9, 0)
 
 
 def benchmark(*words: object) -> None:
