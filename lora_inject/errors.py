@@ -139,7 +139,7 @@ def user_path(
     if hasattr(value, "named_modules") or hasattr(value, "sites"):  # save_adapter(path, model)
         remedy = "Swap the two: it comes first, the path second"
     check_type(asked, value, (str, PathLike), remedy, error)
-    text = str(value)
+    text = os.fsdecode(value)  # type: ignore[arg-type]  # of an entry of os.scandir, its path
     if "\0" in text:
         raise error(asked, f"{text!r} has a zero byte", "Correct the path")
     try:

@@ -155,7 +155,9 @@ class _Commands(TyperGroup):
         except LoraInjectError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand)
             options = [option for param in command.params for option in param.opts]
-            note(f"Error: {in_options(str(error), options)}")  # as of wrong usage
+            error.args = (*error.args[:2], in_options(error.remedy, options))
+            error.remedy = error.args[2]
+            note(f"Error: {error}")  # as of wrong usage
             raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
             note(". ".join(["interrupted", *getattr(error, "__notes__", ())]))
@@ -181,6 +183,8 @@ def in_options(message: str, options: Iterable[str]) -> str:
         'pass --from-component unet'
         >>> in_options('write format="peft"', ["--to"])  # of convert
         'write --to peft'
+        >>> in_options("for a folder of this name, give ~/rank=8", ["--rank"])
+        'for a folder of this name, give ~/rank=8'
     """
     message = re.sub(r" \(in Python, [^()]*\)", "", message)
     known = {opt[2:].replace("-", "_"): opt for opt in options if opt.startswith("--")}
@@ -197,7 +201,7 @@ def in_options(message: str, options: Iterable[str]) -> str:
         values = re.findall(r"""['"]([^'"]*)['"]""", text) or [text]
         return " ".join(f"{opt} {each}" for each in values)
 
-    return re.sub(rf"\b(\w+)={value}(?: \((--[\w-]+)\))?", option, message)
+    return re.sub(rf"(?<![^\s(])(\w+)={value}(?: \((--[\w-]+)\))?", option, message)
 
 
 def _with_fields(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -394,6 +394,7 @@ inspect {out} => 1 {out}
 truncate {one} -o {out} => 2 --rank
 rename {one} nothing -o {out} => 2 nothing
 check {one} --for all => 2 vllm
+truncate runs/rank=8 --energy 0.9 -o {out} => 1 'runs/rank=8'
 inspect {one} --format pefd => 2 peft
 combine {one} {two} -o {out} --method tis => 2 dare_ties_svd
 combine {one} {two} -o {out} --density 2 => 2 --density

@@ -1,5 +1,6 @@
 """`~` in a path is the home, in whatever call; no folder `~` is made, and none is read."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,27 @@ def test_homes_of_nobody_are_refused(home: Path) -> None:
 
 
 @pytest.mark.usefixtures("home")
+class Named:
+    """A path as other libraries have it: not what its text is."""
+
+    def __init__(self, path: str | bytes) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str | bytes:
+        return self.path
+
+
+def test_what_stands_for_a_path_is_its_path(tmp_path: Path, monkeypatch) -> None:
+    """An entry of os.scandir made a folder called `<DirEntry 'a'>`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    model = li.inject(net(), RULE)
+    for place in (*os.scandir(), Named("b"), Named(b"c")):
+        li.save_adapter(model, place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+    assert all(list(li.read_adapter(name).sites) == ["0"] for name in "abc")
+
+
 def test_a_misspelled_path_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     li.save_adapter(li.inject(net(), RULE), "runs/adapter")
