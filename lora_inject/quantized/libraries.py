@@ -97,12 +97,17 @@ class HQQ(OfLayer):
 
 
 class Quanto(OfTensor):
-    """A `QLinear`, and its tensors.
+    """The tensors of a `QLinear`, before whose nn.Linear stands a class with a layout of its own.
 
     Source: `optimum/quanto/nn/qlinear.py`.
     """
 
-    forwards = (("optimum.quanto.nn.qlinear", "QLinear"),)
+    against: ClassVar[Mapping[Verb, Reason]] = {
+        "inject": Reason(
+            "Python lets no module of optimum-quanto change its class",
+            "Quantize the base with bitsandbytes or torchao, or exclude the layer",
+        )
+    }
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
         """Return whether the tensor's class is quanto's."""

@@ -121,7 +121,6 @@ FORMATS: dict[str, Callable[[Any], nn.Module]] = {
     "compressed-tensors": lambda net: replaced(compressed, net.requires_grad_(False)),
     "gptq": functools.partial(replaced, TorchLinear),
     "hqq": functools.partial(replaced, HQQLinear),
-    "quanto int8": functools.partial(replaced, QLinear),
     "torchao int8": functools.partial(torchao, "Int8WeightOnlyConfig"),
     "torchao float8": functools.partial(torchao, "Float8WeightOnlyConfig"),
     "bitsandbytes 8-bit": lambda net: bitsandbytes("Linear8bitLt", net, has_fp16_weights=False),
@@ -130,7 +129,6 @@ FORMATS: dict[str, Callable[[Any], nn.Module]] = {
 PACKED = [form for form in FORMATS if form != "compressed-tensors"]  # which unpacks its weights
 BITSANDBYTES = [form for form in FORMATS if form.startswith("bitsandbytes")]
 DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes", "hqq"))]
-SENT = ["quanto int8", *DENSE]
 every = pytest.mark.parametrize("form", FORMATS)
 packed = pytest.mark.parametrize("form", PACKED)
 pytestmark = [pytest.mark.recent, pytest.mark.filterwarnings("ignore")]  # the quantizers' own
@@ -242,7 +240,7 @@ def test_the_share_that_a_large_weight_keeps_is_right_to_five_figures() -> None:
     assert row.relative == pytest.approx(float(D.norm() / W.norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("form", SENT)
+@pytest.mark.parametrize("form", DENSE)
 def test_dora_is_that_over_the_dequantized_layer(form: str, tmp_path: Path) -> None:
     net, x = build(form)
     W, base, b = measured(net[0]), net[0](x), net[0].bias.detach().double()
@@ -266,9 +264,8 @@ def test_dora_is_that_over_the_dequantized_layer(form: str, tmp_path: Path) -> N
     assert error(rows, torch.stack([y[0], base[1], y[2]])) < 1e-5
     again = li.load_adapter(build(form)[0], li.save_adapter(net, tmp_path / "peft"))
     assert same_bits(again[0](x), y)
-    if form in DENSE:
-        li.merge(net, dequantize="float32")
-        assert error(net[0].weight, (W + SCALE * B @ A) * gain) < 1e-5
+    li.merge(net, dequantize="float32")
+    assert error(net[0].weight, (W + SCALE * B @ A) * gain) < 1e-5
 
 
 @every
@@ -277,7 +274,7 @@ def test_merging_is_refused_and_the_way_out_named(form: str) -> None:
     fill(li.inject(net, config("0", "2")))
     before, kept = net(x), held(net)
     ways: list[tuple[dict[str, Any], str]] = [
-        ({}, 'dequantize="bfloat16"' if form in SENT else "in 16 bits"),
+        ({}, 'dequantize="bfloat16"' if form in DENSE else "in 16 bits"),
         *(() if form in DENSE else [({"dequantize": "float32"}, "in 16 bits")]),
         *(() if form in BITSANDBYTES else [({"requantize": True}, "in 16 bits")]),
     ]
@@ -341,18 +338,18 @@ def test_requantized_on_request_and_restored(form: str) -> None:
     assert held(net) == kept
 
 
-@pytest.mark.parametrize("form", SENT)
+@pytest.mark.parametrize("form", DENSE)
 def test_weights_for_a_server_are_those_that_a_merge_would_leave(form: str) -> None:
     net, x = build(form)
     fill(li.inject(net, config("0")))
     net.eval()(x)  # which has bitsandbytes rearrange its codes
     sent = dict(li.merged_weights(net, dequantize="bfloat16"))
-    if form in DENSE:
-        li.merge(net, dequantize="bfloat16", eject=True)
-        assert all(same_bits(sent[f"{i}.weight"], net[i].weight) for i in (0, 2))
+    wanted = net(x.to(net[0].bias.dtype)).double()
+    li.merge(net, dequantize="bfloat16", eject=True)
+    assert all(same_bits(sent[f"{i}.weight"], net[i].weight) for i in (0, 2))
     plain = plain_net(torch.bfloat16)
     plain.load_state_dict(sent)
-    assert error(plain(x.to(torch.bfloat16)), net(x.to(net[0].bias.dtype)).double()) < 0.03
+    assert error(plain(x.to(torch.bfloat16)), wanted) < 0.03
 
 
 @packed
@@ -462,6 +459,25 @@ def test_a_kernel_for_inference_lets_no_adapter_train_and_gives_no_norms() -> No
         li.inject(trained, config("0", variant="dora"))
     fill(li.inject(trained, config("0")))
     li.install(net, li.adapter_state(trained), base="any")  # to serve
+
+
+def test_layers_of_quanto_take_no_adapter_and_stay_beside_some() -> None:
+    """Python lets none of them change its class: an update is refused, and a merge into them."""
+    net: Any = plain_net()
+    net[0] = QLinear(net[0])
+    values = net[0].weight.dequantize()
+    for rule in (config("0"), config(r"0\.weight")):
+        with refused(li.LayerError, "'0", "bitsandbytes or torchao", model=net):
+            li.inject(net, rule)
+        with refused(li.LayerError, "'0", "bitsandbytes or torchao", model=net):
+            li.plan(net, rule)
+    with refused(li.LayerError, "'0.bias'", "change its class", model=net):
+        li.inject(net, config("2", train=[r"0\.bias"]))
+    fill(li.inject(net, config("2")))
+    with refused(li.LayerError, "'0.weight'", "merged_weights(model, dequantize=", model=net):
+        li.merge(net, dequantize="float32")
+    sent = dict(li.merged_weights(net, dequantize="float32"))
+    assert same_bits(sent["0.weight"], values)
 
 
 class TwoProducts(nn.Module):

@@ -364,15 +364,7 @@ def _made(
     if mixin is WeightUpdate:
         namespace["forward"] = _with_signature(plain.forward)
     bases = (mixin, plain)
-    swapped = types.new_class(plain.__name__, bases, exec_body=lambda ns: ns.update(namespace))
-    if _layout(plain) is _layout(mixin):
-        return swapped
-    # Python lets an object change its class only where both derive first from the same layout.
-    # Where a mixin stands before nn.Module (quanto's QLinear), ours has to come second among the
-    # bases, and first in the order in which methods are looked up.
-    order = {"mro": lambda cls: [cls, *swapped.__mro__[1:]]}
-    meta: Any = {"metaclass": type("Reordered", (type(plain),), order)}
-    return types.new_class(plain.__name__, bases[::-1], meta, lambda ns: ns.update(namespace))
+    return types.new_class(plain.__name__, bases, exec_body=lambda ns: ns.update(namespace))
 
 
 def _with_signature(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -388,11 +380,30 @@ def _with_signature(plain: Callable[..., Any]) -> Callable[..., Any]:
 OF_READERS = _with_signature(nn.Module.forward).__code__  # type: ignore[attr-defined]
 
 
-def _layout(cls: type) -> type:
-    """Return the class that the memory layout of a class begins with; usually nn.Module."""
-    while (base := cls.__base__) is not object and base is not None:
-        cls = base
-    return cls
+def has_fixed_class(plain: type[nn.Module]) -> bool:
+    """Whether Python lets no module of a class change it, as something lies before nn.Module.
+
+    Examples:
+        >>> from abc import ABC
+        >>> class Mixed(ABC):
+        ...     pass
+        >>> class First(Mixed, nn.Linear):
+        ...     pass
+        >>> class Last(nn.Linear, Mixed):
+        ...     pass
+        >>> has_fixed_class(First), has_fixed_class(Last)
+        (True, False)
+    """
+    begins: type = plain
+    while (base := begins.__base__) is not object and base is not None:
+        begins = base
+    if begins is nn.Module:  # nearly all, and a class costs time
+        return False
+    try:
+        nn.Module.__new__(plain).__class__ = _made(plain, WeightUpdate, frozenset(), stock=False)
+    except TypeError:
+        return True
+    return False
 
 
 def _resetting(plain: Any) -> Callable[..., Any]:

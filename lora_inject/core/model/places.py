@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_inject.core.layers.adapted import plain_class
+from lora_inject.core.layers.adapted import has_fixed_class, plain_class
 from lora_inject.core.layers.attached import Entry, attribute, check_class_kept
 from lora_inject.core.layers.library import weight_kind
 from lora_inject.core.layers.survey import Carried, Survey, base_tensor
@@ -104,6 +104,10 @@ def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
             problem = f"the module has an attribute {flat!r}"
             raise LayerError(_asked(place), problem, "Choose another adapter name")
     if is_new:
+        if "_lora" not in own and has_fixed_class(cls):
+            problem = f"{cls.__name__} has a class before nn.Module among its bases, and Python "
+            problem += "lets no such module change its class"
+            raise LayerError(_asked(place), problem, "Leave it out, or put nn.Module first")
         if not entry.on_output and hasattr(plain_class(cls), entry.param):
             problem = f"{cls.__name__}.{entry.param} is computed by the class"
             remedy = "A parameter that is itself computed cannot take an update"
