@@ -46,7 +46,6 @@ from lora_inject.errors import LoraInjectError as LoraInjectError
 from lora_inject.errors import MatchError as MatchError
 from lora_inject.errors import ServerError as ServerError
 from lora_inject.errors import StateError as StateError
-from lora_inject.experts.profile import profile_experts as profile_experts
 from lora_inject.formats.exchange import read_adapter as read_adapter
 from lora_inject.formats.exchange import write_adapter as write_adapter
 from lora_inject.formats.from_peft import from_peft as from_peft

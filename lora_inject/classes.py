@@ -8,13 +8,11 @@ from lora_inject.checkpoint.merge_inputs import MergeOptions
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.functional.merge_report import MergeReport
 from lora_inject.core.spec.config import Expect, Rule
-from lora_inject.core.spec.expert_profile import ExpertProfile
 from lora_inject.core.spec.plan import Plan
 from lora_inject.serving.verifying import Verdict
 
 __all__ = [
     "Expect",
-    "ExpertProfile",
     "MergeOptions",
     "MergeReport",
     "MergedFiles",

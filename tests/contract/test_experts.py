@@ -1,4 +1,4 @@
-"""Mixtures of experts: what is one, whole stacks and parts of them, ranks, files and profiles."""
+"""Mixtures of experts: what is one, whole stacks and parts of them, ranks and files."""
 
 import copy
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from conftest import error, fill, same_bits
 from helpers.experts import MOE, MORE, expert_rule, experts
 from helpers.merging import load_checkpoint, merge, merged_model
@@ -394,65 +393,21 @@ def test_a_plan_a_summary_and_a_card_say_that_all_linear_leaves_the_experts_out(
         assert (said in text) is (targets == ["all-linear"])
 
 
-# --------------------------------------------------------------------------------------- profiles
-
-BATCHES = [{"input_ids": torch.arange(8)[None] + n} for n in (0, 3)]
-
-
-def test_a_profile_counts_the_experts_that_the_router_chose() -> None:
-    model, _ = experts("qwen3_moe")
-    profile = li.profile_experts(model, BATCHES)
-    block: Any = model.model.layers[0].mlp
-    counts = torch.zeros(3, dtype=torch.long)
-
-    def count(_: nn.Module, __: Any, out: Any) -> None:
-        counts.add_(torch.bincount(out[-1].flatten(), minlength=3))
-
-    hook = block.gate.register_forward_hook(count)
-    with torch.no_grad():
-        for batch in BATCHES:
-            model(**batch)
-    hook.remove()
-    assert profile.experts == {"model.layers.0.mlp.experts": counts.tolist()}
-    assert sum(counts) == 2 * 16
-    assert not block.experts._forward_pre_hooks
-
-
-def two_layers() -> Any:
-    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, vocab_size=103))
-
-
-def test_a_profile_is_read_back_whatever_its_stacks_are_called(tmp_path: Path) -> None:
-    names = ("1e3", "no", "0x1", "1:30", "a.\x85b")  # of YAML 1.1 and of 1.2, some are numbers
-    profile = li.classes.ExpertProfile(experts={name: [1, 0] for name in names})
-    assert li.classes.ExpertProfile.from_yaml(profile.write(tmp_path / "p")) == profile
-
-
-def test_the_most_chosen_experts_of_each_layer_are_adapted(tmp_path: Path) -> None:
-    names = [f"model.layers.{i}.mlp.experts" for i in range(2)]
-    profile = li.classes.ExpertProfile(experts={names[0]: [9, 5, 0, 1], names[1]: [0, 0, 2, 9]})
-    profile.write(tmp_path / "p")
-    assert li.classes.ExpertProfile.from_yaml(tmp_path / "p") == profile
-    for top, first, second in ((0.25, (0,), (3,)), (0.26, (0, 1), (2, 3))):
-        plan = li.plan(two_layers(), config(ALL | {"only": str(tmp_path / "p"), "top": top}))
-        assert [site.only for site in plan.sites] == [first, first, second, second]
-
-
 # -------------------------------------------------------------------------------------- refusals
 
 STACK = "experts.gate_up_proj"
 REFUSED: dict[str, tuple[dict[str, Any], type[li.LoraInjectError], list[str]]] = {
     "no such expert": (ALL | {"only": [3]}, li.MatchError, [STACK, "3 experts, 0 to 2"]),
-    "a profile of another model": (
-        ALL | {"only": "other.yaml", "top": 0.5}, li.MatchError, ["model.layers.0.mlp.experts"],
+    "by a file": (
+        ALL | {"only": "p.yaml", "top": 0.5}, li.ConfigError, ["only: [0, 3]", "chosen-experts.md"],
     ),
     "a choice of a linear layer": ({"match": "q_proj", "only": [0]}, li.MatchError, ["q_proj"]),
     "shared factors from the weight": (
         ALL | {"share": "A", "init": "pissa"}, li.MatchError, ["share", "pissa"],
     ),
-    "a part of a list": (ALL | {"only": [0], "top": 0.5}, li.ConfigError, ["top", "profile"]),
+    "a share of a list": (
+        ALL | {"only": [0], "top": 0.5}, li.ConfigError, ["only: [0, 3]", "chosen-experts.md"],
+    ),
     "an expert twice": (ALL | {"only": [1, 1]}, li.ConfigError, ["only"]),
     "chosen and shared": (ALL | {"only": [0], "share": "A"}, li.ConfigError, ["share", "only"]),
     "dropout": (ALL | {"dropout": 0.1}, li.MatchError, [STACK, "dropout"]),
@@ -466,25 +421,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[li.LoraInjectError], list[str]]] =
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_rule_that_fits_no_stack_or_says_nothing_is_refused(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rule_that_fits_no_stack_or_says_nothing_is_refused(case: str) -> None:
     rule, kind, names = REFUSED[case]
-    monkeypatch.chdir(tmp_path)
-    li.classes.ExpertProfile(experts={"h.0": [1, 2, 3]}).write("other.yaml")
     model, _ = experts("mixtral")
     with refused(kind, *names, model=model):
         li.inject(model, config(rule))
-
-
-def test_a_model_without_experts_has_no_profile() -> None:
-    for model, batches, names in (
-        (nn.Sequential(nn.Linear(2, 2)), [torch.ones(1, 2)], ["experts"]),
-        (experts("llama4")[0], [torch.arange(4)[None]], ["experts"]),
-        (experts("llama4")[0], [], ["batch"]),
-    ):
-        with refused(li.LayerError, *names, model=model):
-            li.profile_experts(model, batches)
 
 
 def in_8_bits() -> Any:

@@ -46,12 +46,10 @@ def test_what_is_written_to_a_home_is_there_and_read_from_there(home: Path) -> N
     li.merge_checkpoint("~/base", ["~/saved"], "~/merged", options=options)
     li.extract_adapter("~/base", "~/tuned", "~/extracted", rank=1)
     li.analysis.write_report("~/report.html", "<p>")
-    profile = li.classes.ExpertProfile(experts={"h.0": [1, 2, 3]})
-    assert profile.write("~/profile.yaml") == home / "profile.yaml"
     trials = li.Trials(net(), {"a": li.Trial(RULE, lr=1e-3)})
     trials.save("~/trials.pt")
     written = {"saved", "written", "converted", "merged", "extracted"}
-    written |= {"report.html", "profile.yaml", "trials.pt"}
+    written |= {"report.html", "trials.pt"}
     there = {path.name for path in home.iterdir() if path.name[0] != "."}
     assert there == {"base", "tuned", "lora.yaml", *written}
     assert list(Path.cwd().iterdir()) == []
@@ -63,7 +61,6 @@ def test_what_is_written_to_a_home_is_there_and_read_from_there(home: Path) -> N
     assert list(li.read_adapter("~/written").sites) == ["0"]
     assert li.check_adapter("~/saved", "peft", base="~/base") == []
     assert li.plan(net(), "~/lora.yaml").sites
-    assert li.classes.ExpertProfile.from_yaml("~/profile.yaml") == profile
     assert li.combine(["~/saved", "~/written"], [0.5, 0.5]).sites
     assert li.Trials.resume(net(), "~/trials.pt").trials == trials.trials
 

@@ -110,7 +110,7 @@ class _Finder:
         if not is_known and not (routers and top_k):
             return None
         experts = tuple(c.name for c in itertools.chain(*holders.values()))
-        return Mixture(block, max(numbers), top_k, experts)
+        return Mixture(block, top_k, experts)
 
     def _n_experts(self, name: str, experts: Sequence[Candidate]) -> int:
         stacked = [c.experts for c in experts if c.experts is not None]

@@ -204,10 +204,8 @@ class Rule(Strict):
     compute: Compute | None = None
     variant: Variant | None = None
     lora_bias: LoraBias | None = None
-    only: Indices | Annotated[str, Field(min_length=1)] | None = None
-    """Of stacked experts, those of these numbers; or the path of a profile, with top."""
-    top: Annotated[Number, Field(gt=0, le=1)] | None = None
-    """With a profile: the share of each stack's experts that is adapted, the most chosen first."""
+    only: Indices | None = None
+    """Of stacked experts, those of these numbers."""
     share: Literal["A", "B"] | None = None
     """What all experts of a stack have in common: A, or B."""
     slices: Parts | None = None
@@ -233,6 +231,9 @@ class Rule(Strict):
         if not isinstance(data, (Mapping, Rule)):
             remedy = "Write a pattern in single quotes, or a mapping with 'match'"
             raise ValueError(f"{show(data)} is not a rule", remedy)  # noqa: TRY004 - as pydantic wants
+        if isinstance(data, Mapping) and ("top" in data or isinstance(data.get("only"), str)):
+            remedy = "Give numbers, only: [0, 3]; docs/cookbook/chosen-experts.md counts them"
+            raise ValueError("experts are not chosen by a file (only: FILE, top:)", remedy)
         return data
 
     @model_validator(mode="after")
@@ -244,9 +245,6 @@ class Rule(Strict):
         if odd := [name for name in self.adapt or () if name not in names]:
             remedy = f"The slices are {', '.join(names)}" if names else "Add slices: [q, k, v]"
             raise ValueError(f"there is no slice {show(odd[0])}", remedy)
-        if isinstance(self.only, str) == (self.top is None):
-            problem = "top needs a profile" if self.top else f"{show(self.only)} is a profile"
-            raise ValueError(problem, "Give both: only: profile.yaml and top: 0.25")
         if self.share and self.only is not None:
             raise ValueError("share is for whole stacks, and only chooses of them", "Give one")
         return self

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from lora_inject.core.spec.config import Axes, Rule
-from lora_inject.core.spec.expert_profile import ExpertProfile
 from lora_inject.core.spec.inventory import Candidate, Inventory
 from lora_inject.core.spec.names import quoted, templates
 from lora_inject.core.spec.sites import FROM_WEIGHT, Geometry, SiteSpec, Slices
@@ -118,7 +117,7 @@ def part_of_stack(candidate: Candidate, rule: Rule, asked: str) -> dict[str, Any
     """Return which experts of a stack a rule adapts, and what they share.
 
     Raises:
-        MatchError: It is no stack, has no such expert, or another model was profiled.
+        MatchError: It is no stack, or has no such expert.
     """
     n = candidate.experts
     wanted = "share" if rule.only is None else "only"
@@ -129,10 +128,6 @@ def part_of_stack(candidate: Candidate, rule: Rule, asked: str) -> dict[str, Any
     if rule.share is not None and rule.init in FROM_WEIGHT:
         problem = f"share, and init {rule.init}, which starts each expert from its own weight"
         raise MatchError(asked, problem, "Give the rule another init")
-    if isinstance(rule.only, str):
-        assert rule.top is not None
-        profile = ExpertProfile.from_yaml(rule.only)
-        return {"only": profile.most_chosen(candidate.owner, n, rule.top, asked)}
     if rule.only is not None and max(rule.only) >= n:
         problem = f"only: {max(rule.only)}, but it has {n:,} experts, 0 to {n - 1:,}"
         raise MatchError(asked, problem, "Leave that number out")

@@ -212,9 +212,9 @@ for _reader in (_Loader, _Dumper):
         _reader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(rf"({_pattern})\Z"), None)
 
 
-def written(data: Mapping[str, Any], *, rows: bool = False) -> str:
-    """Return plain data as YAML, in its order; with `rows` each innermost list is one line."""
-    style: dict[str, Any] = {"default_flow_style": None if rows else False, "width": 1 << 16}
+def written(data: Mapping[str, Any]) -> str:
+    """Return plain data as YAML, in its order."""
+    style: dict[str, Any] = {"default_flow_style": False, "width": 1 << 16}
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
     return text
 

@@ -131,8 +131,7 @@ def _take(
         else:
             if candidate.refusal is not None:
                 raise LayerError(f"'{candidate.name}', matched by {label}", *candidate.refusal)
-            # With `only: FILE` each stack has its own.
-            key = candidate if isinstance(rule.only, str) else _ALIKE(candidate)
+            key = _ALIKE(candidate)
             if key not in made:
                 made[key] = _site(candidate, rule, i, f"'{candidate.name}', matched by {label}")
             spec = made[key].at(candidate.name, candidate.weight, candidate.aliases)

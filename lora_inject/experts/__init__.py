@@ -1,1 +1,0 @@
-"""Mixtures of experts: which weights are experts, how often each is chosen, and their stacks."""
