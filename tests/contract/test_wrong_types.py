@@ -18,7 +18,6 @@ CALLS: list[tuple[Callable[[Any, Any], Any], list[str]]] = [
     (lambda m, s: li.combine(s), ["adapters", "AdapterState"]),
     (lambda m, s: li.combine("sql"), ["adapters", "str", "list"]),
     (lambda m, s: li.combine([s], 0.5), ["weights", "float"]),
-    (lambda m, s: s + 3, ["int", "AdapterState"]),
     (lambda m, s: li.routed(m, "aa"), ["routed", "str", "list"]),
     *(
         (lambda m, s, rows=rows: li.routed(m, rows), ["routed"])
