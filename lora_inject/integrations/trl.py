@@ -7,6 +7,7 @@ sends every parameter to vLLM as it is: of ours the plain base, and names that v
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -19,7 +20,7 @@ from lora_inject.core.layers.selection import Mix
 from lora_inject.core.layers.survey import evaluating, unwrapped
 from lora_inject.core.model.merge import merged_weights
 from lora_inject.core.roots.root import Injected, entries, root_of
-from lora_inject.core.roots.selecting import check_runs_when_called, selecting
+from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import StateError
 from lora_inject.formats.checkpoint_names import knows_names
 
@@ -115,6 +116,10 @@ def reference(model: nn.Module) -> nn.Module:
     return _Reference(model, model).eval()
 
 
+# Functions whose body runs after the call.
+_RUN_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+
+
 class _Reference(nn.Module):
     """A model without its adapters, or a part of one; see `reference`."""
 
@@ -151,7 +156,10 @@ class _Reference(nn.Module):
 
         @functools.wraps(attribute)
         def method(*args: Any, **kwargs: Any) -> Any:
-            check_runs_when_called(attribute, "reference", "Call it within disabled(model)")
+            if any(is_one(attribute) for is_one in _RUN_LATER):
+                asked = f"reference around {attribute.__name__!r}"
+                problem = "its body runs after the call, when the context has been left"
+                raise StateError(asked, problem, "Call it within disabled(model)")
             with self._alone():
                 return self._plain(attribute(*args, **kwargs))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Set
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from lora_inject.core.functional.torch_inside import coroutine_enters
 from lora_inject.core.roots.root import check_names, root_of
-from lora_inject.core.roots.selecting import check_mixes, context, selecting, weights_of
+from lora_inject.core.roots.selecting import Context, check_mixes, selecting, weights_of
 from lora_inject.errors import StateError, article, check_type
 from lora_inject.rows.seen import Routed
 
@@ -68,16 +67,15 @@ def routed(
     if not rows or type(repeat) is not int or repeat < 1:
         given = f"got {len(rows)} rows and repeat={repeat!r}"
         raise StateError("routed()", given, "Give one adapter for each row, and a whole repeat")
-    return _routed(model, Routed(rows, repeat))
+    return Context("routed", _routed(model, Routed(rows, repeat)))
 
 
-@context
-def _routed(model: nn.Module, rows: Routed) -> Generator[None, None, None]:
+@contextmanager
+def _routed(model: nn.Module, rows: Routed) -> Iterator[None]:
     """Check the names of rows, and run the body with them."""
     check_names(root_of(model, "routed", whole=False)[1], rows.names, "routed to")
     for row, mix in rows.mixes.items():
         if len(row) > 1 or any(weight != 1.0 for _, weight in row):
             check_mixes(model, mix.names)
-    waits = coroutine_enters()
-    with selecting(model, rows, "routed", waits=waits), rows.watching(model):
+    with selecting(model, rows, "routed", held=True), rows.watching(model):
         yield

@@ -6,12 +6,10 @@ in its place, as one that was replaced would be left out in silence.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import _GeneratorContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Real
-from typing import ParamSpec, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
@@ -29,8 +27,6 @@ from lora_inject.core.roots.root import (
 from lora_inject.errors import StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
-P = ParamSpec("P")
-F = TypeVar("F", bound=Callable[..., object])
 
 
 @alone
@@ -100,50 +96,37 @@ def check_mixes(model: nn.Module, weights: Mapping[str, float]) -> None:
         check_mixed(each)
 
 
-class Context(_GeneratorContextManager[None]):
-    """What `contextlib.contextmanager` makes; it decorates no function that runs when it is left.
+class Context(AbstractContextManager[None]):
+    """A context that is entered by `with` alone.
 
-    The body of a coroutine or a generator would run with the adapters, and nobody would see it.
+    A decorated coroutine or generator would run its body once the context has been left.
     """
 
-    def __call__(self, func: F) -> F:
-        """Return a function that runs inside."""
-        name = self.func.__name__.strip("_")
-        check_runs_when_called(func, name, f"Write with {name}(...): inside of it")
-        return super().__call__(func)
+    def __init__(self, asked: str, inside: AbstractContextManager[None]) -> None:
+        self.asked, self.inside = asked, inside
+
+    def __enter__(self) -> None:
+        self.inside.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self.inside.__exit__(*raised)
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse to decorate a function."""
+        asked, remedy = f"{self.asked}(...)", f"Write with {self.asked}(...): in the function"
+        raise StateError(asked, "it is a context and decorates nothing", remedy)
 
 
-def check_runs_when_called(function: Callable[..., object], asked: str, remedy: str) -> None:
-    """Refuse a function whose body runs after the call, when its context has been left."""
-    kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-    if any(is_one(function) for is_one in kinds):
-        name = getattr(function, "__name__", "it")
-        problem = "its body runs after the call, when the context has been left"
-        raise StateError(f"{asked} around {name!r}", problem, remedy)
-
-
-def context(begin: Callable[P, Generator[None, None, None]]) -> Callable[P, Context]:
-    """Make a context of a generator, as `contextlib.contextmanager` does."""
-
-    @functools.wraps(begin)
-    def made(*args: P.args, **kwargs: P.kwargs) -> Context:
-        return Context(begin, args, kwargs)
-
-    return made
-
-
-@context
-def disabled(model: nn.Module) -> Generator[None, None, None]:
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which the plain base model runs: no adapter takes part.
 
-    As with `routed`, other threads and tasks are not affected. It decorates functions as well, but
-    no coroutine or generator, whose body would run after it.
+    As with `routed`, other threads and tasks are not affected.
 
     Args:
         model: The root, or a module that holds it.
 
     Raises:
-        StateError: The model is merged, and so there is no plain base.
+        StateError: On entering: the model is merged, and so there is no plain base.
 
     Examples:
         >>> import torch
@@ -152,19 +135,18 @@ def disabled(model: nn.Module) -> Generator[None, None, None]:
         >>> with disabled(net):
         ...     y = net(torch.ones(2, 4))
     """
-    with selecting(model, Mix(), "disabled", waits=coroutine_enters()):
-        yield
+    return Context("disabled", selecting(model, Mix(), "disabled", held=True))
 
 
 @contextmanager
 def selecting(
-    model: nn.Module, selected: Selected, asked: str, *, waits: bool = False
+    model: nn.Module, selected: Selected, asked: str, *, held: bool = False
 ) -> Iterator[None]:
     """Run the body with others taking part, for the calling thread or task only.
 
-    `waits` says that a coroutine holds the context.
+    `held` says that the body is the caller's, which may be a coroutine.
     """
     _, root = root_of(model, asked)
     check_unmerged(asked, root)
-    with in_context({root.selection: selected}, waits=waits):
+    with in_context({root.selection: selected}, waits=held and coroutine_enters()):
         yield
