@@ -14,8 +14,7 @@ from lora_inject.analysis.numbers import (
     site_blocks,
     spectrum,
 )
-from lora_inject.analysis.page import report, write_report
-from lora_inject.analysis.pictures import draw_pictures, need_matplotlib
+from lora_inject.analysis.page import report
 from lora_inject.analysis.weights import FORMATS, Rounded
 
 __all__ = [
@@ -29,11 +28,8 @@ __all__ = [
     "Spectrum",
     "ThinProduct",
     "analyze",
-    "draw_pictures",
     "inspect_state",
-    "need_matplotlib",
     "report",
     "site_blocks",
     "spectrum",
-    "write_report",
 ]

@@ -8,9 +8,8 @@ start of pissa and olora is `k` more columns with the opposite sign.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -71,20 +70,6 @@ class Place(Figures):
     def at(self) -> str:
         """The position as text: `3`, `1.0`, or `-`."""
         return ".".join(map(str, self.position)) or "-"
-
-
-P = TypeVar("P", bound=Place)
-
-
-def by_kind(places: Iterable[P]) -> dict[str, list[P]]:
-    """Group blocks by their kind, those of a kind from the first layer to the last.
-
-    A file may hold layer 10 before layer 2.
-    """
-    kinds: dict[str, list[P]] = {}
-    for place in places:
-        kinds.setdefault(place.kind, []).append(place)
-    return {kind: sorted(group, key=lambda place: place.position) for kind, group in kinds.items()}
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,31 @@
-"""The page about an adapter: figures, pictures and tables in one HTML file that loads nothing."""
+"""The page about an adapter: figures, pictures and tables in one HTML file that loads nothing.
+
+Names come from files of others. All text goes through `_text`, which escapes it; what is HTML
+already is made in this file alone.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
-import math
-import os
+from base64 import b64encode
 from collections.abc import Iterable
+from html import escape
 from pathlib import Path
 from statistics import median
-from typing import Any
+from string import Template
 
-from lora_inject.analysis.figures import Analysis, needed_rank, percent
-from lora_inject.analysis.numbers import by_kind
-from lora_inject.analysis.pictures import need_matplotlib, pictures, shared_prefix, svg
+from lora_inject.analysis.figures import Analysis, needed_rank
+from lora_inject.analysis.pictures import need_matplotlib, spectra
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.atomic import write_file
 from lora_inject.core.spec.names import printable, templates
-from lora_inject.core.spec.tables import number, span
-from lora_inject.errors import StateError, user_path
+from lora_inject.core.spec.tables import Listing, number, span
 from lora_inject.version import __version__
+
+FEW = 24  # rows of a table that is not folded
 
 
 def report(analysis: Analysis, state: AdapterState, title: str) -> str:
-    """Write the page about an adapter.
+    """Return the page about an adapter.
 
     Args:
         analysis: Its figures.
@@ -33,7 +36,7 @@ def report(analysis: Analysis, state: AdapterState, title: str) -> str:
         HTML that loads nothing; every name in it is escaped.
 
     Raises:
-        StateError: jinja2 or matplotlib is not installed.
+        StateError: matplotlib is not installed.
 
     Examples:
         >>> import torch
@@ -46,58 +49,64 @@ def report(analysis: Analysis, state: AdapterState, title: str) -> str:
         True
     """
     need_matplotlib()
-    try:
-        import jinja2
-    except ImportError:
-        remedy = "Run pip install jinja2"
-        raise StateError("write a report", "jinja2 is not installed", remedy) from None
-
-    def finalize(value: Any) -> Any:
-        return printable(value) if type(value) is str else value  # not what is HTML already
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=finalize,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    tables = [("The deltas", analysis.block_rows())]
+    if analysis.weights:
+        tables += [("Compared with W", analysis.weight_rows())]
+        tables += [("What each site keeps after rounding", analysis.rounding_rows())]
+    page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    return page.substitute(
+        title=_text(title),
+        facts="\n".join(
+            f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>"
+            for name, value in _facts(analysis, state)
+        ),
+        targets=_lines(f"{name} \u00d7{n}" for name, n in templates(state.sites).items()),
+        findings=_findings(analysis),
+        kinds=_table(analysis.block_rows().by_kind()),
+        spectra="\n".join(
+            f'<figure><figcaption class="name">{_text(kind)}</figcaption>'
+            f'<img alt="Spectra of {_text(kind)}" '
+            f'src="data:image/png;base64,{b64encode(png).decode()}"></figure>'
+            for kind, png in spectra(analysis)
+        ),
+        tables="\n".join(
+            f"<details{' open' * (len(rows.cells) <= FEW)}><summary>{_text(head)}</summary>"
+            f"{_table(rows)}</details>"
+            for head, rows in tables
+        ),
+        version=_text(__version__),
     )
-    drawn = {
-        section: [(name, svg(figure, name)) for name, figure in figures]
-        for section, figures in pictures(analysis).items()
-    }
-    page = environment.get_template("page.html.j2").render(
-        title=title,
-        facts=_facts(analysis, state),
-        targets=[f"{name} \u00d7{n}" for name, n in templates(state.sites).items()],
-        tiles=_tiles(analysis),
-        findings=[(finding, list(templates(finding.names))) for finding in analysis.findings],
-        prefix=shared_prefix(by_kind(analysis.blocks)),
-        kinds=analysis.block_rows().by_kind(),
-        blocks=analysis.block_rows(),
-        weights=analysis.weight_rows() if analysis.weights else None,
-        rounded=analysis.rounding_rows() if analysis.weights else None,
-        drawn=drawn,
-        version=__version__,
+
+
+def _text(value: str) -> str:
+    """Return text as HTML, for elements and for attributes in double quotes."""
+    return escape(printable(value))
+
+
+def _lines(names: Iterable[str]) -> str:
+    return "".join(f'<div class="name">{_text(name)}</div>' for name in names)
+
+
+def _table(rows: Listing) -> str:
+    head = "".join(f'<th scope="col">{_text(head)}</th>' for head in rows.heads)
+    body = "\n".join(
+        f'<tr><th scope="row">{_text(name)}</th>'
+        + "".join(f"<td>{_text(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in rows.text()
     )
-    return str(page)
+    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
-def write_report(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a page in one step; one that is there is replaced.
-
-    Args:
-        path: The file.
-        text: From `report`.
-
-    Returns:
-        The file, symbolic links resolved.
-
-    Raises:
-        FormatError: The path is a directory.
-    """
-    return write_file(user_path("write report", path), text.encode(), overwrite=True)
+def _findings(analysis: Analysis) -> str:
+    found = "\n".join(
+        f'<div class="finding{" bad" * finding.serious}"><p>{_text(finding.text)}</p>'
+        f"<details{' open' * (len(finding.names) <= FEW)}>"
+        f"<summary>{len(finding.names):,} of them</summary>"
+        f"{_lines(templates(finding.names))}</details></div>"
+        for finding in analysis.findings
+    )
+    return found or '<div class="finding">Nothing stands out.</div>'
 
 
 def _facts(analysis: Analysis, state: AdapterState) -> list[tuple[str, str]]:
@@ -105,30 +114,15 @@ def _facts(analysis: Analysis, state: AdapterState) -> list[tuple[str, str]]:
     sites = state.sites.values()
     n_lora = sum(site.A.numel() + site.B.numel() for site in sites)
     dtypes = sorted({str(site.A.dtype).removeprefix("torch.") for site in sites})
-    trained = f"{len(state.trained):,} tensors"
+    effective = median(block.spectrum.effective_rank for block in analysis.blocks)
     return [
         *((key, span(getattr(s.spec, key) for s in sites)) for key in ("rank", "alpha")),
         ("scale", span(site.scale for site in sites)),
         ("parameters", f"{n_lora:,} in A and B, {', '.join(dtypes)}"),
-        *([("trained in full", trained)] if state.trained else ()),
+        ("trained in full", f"{len(state.trained):,} tensors"),
+        ("sites, blocks", f"{analysis.n_sites:,}, {len(analysis.blocks):,}"),
+        ("rank that holds 99% (median)", f"{needed_rank(analysis.blocks):g}"),
+        ("effective rank (median)", number(effective)),
         ("base", Path(analysis.base).name if analysis.base else "not given: the adapter alone"),
         ("date", dt.date.today().isoformat()),
     ]
-
-
-def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
-    spectra = [block.spectrum for block in analysis.blocks]
-    tiles = [
-        (f"{analysis.n_sites:,}", "sites"),
-        (f"{len(spectra):,}", "low-rank blocks"),
-        (f"{needed_rank(analysis.blocks):g}", "rank that holds 99% (median)"),
-        (number(median(s.effective_rank for s in spectra)), "effective rank (median)"),
-    ]
-    if beside := analysis.on_weight():
-        tiles.append((percent(_median(b.relative for b in beside)), "|D| / |W| (median)"))
-    return tiles
-
-
-def _median(values: Iterable[float]) -> float:
-    finite = list(filter(math.isfinite, values))
-    return median(finite) if finite else math.nan

