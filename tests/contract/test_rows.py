@@ -708,7 +708,8 @@ class OneModality(nn.Module):
         super().__init__()
         sizes = {"hidden_size": 8, "intermediate_size": 6, "num_local_experts": 3}
         self.fc, self.router = nn.Linear(8, 8), nn.Linear(8, 3)
-        self.experts = modeling_mixtral.MixtralExperts(MixtralConfig(**sizes))
+        config = MixtralConfig(**sizes, experts_implementation="eager")
+        self.experts = modeling_mixtral.MixtralExperts(config)
         for parameter in self.experts.parameters():
             nn.init.normal_(parameter, std=0.3)
 
