@@ -3,9 +3,8 @@
 `checkpoint.places` finds the place of each update, as for a merge. Here the same rows are read,
 once, and counted instead of written, so memory does not grow with W.
 
-A model of 16, 8 or 4 bits holds `Q(W)`, and after merging `Q(W + D)`. Their difference is measured
-as in a merge. If W is stored in that format, `Q(W) = W`, and it is what `merge` says. W and W + D
-have scales of their own: quantizing comes after merging.
+A model of 16 bits holds `Q(W)`, and after merging `Q(W + D)`. Their difference is measured as in a
+merge. If W is stored in that format, `Q(W) = W`, and it is what `merge` says.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ from lora_inject.core.functional.fold import Delta, Tally
 from lora_inject.core.spec.sites import Block
 from lora_inject.core.spec.tables import Figures
 from lora_inject.errors import CheckpointError
-
-INT4_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -58,34 +55,13 @@ class Rounded(Figures):
         return 0.0 if square <= 0 else self.kept / math.sqrt(square)  # 0: nothing changed
 
 
-def _by_largest(values: Tensor, levels: int) -> Tensor:
-    """Round to `levels` steps on either side of zero; the last dimension shares a scale."""
-    scale = values.abs().amax(-1, keepdim=True) / levels
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (values / scale).round_().mul_(scale)
-
-
-def _int4(values: Tensor) -> Tensor:
-    n_cols = values.shape[1]
-    padded = torch.nn.functional.pad(values, (0, -n_cols % INT4_GROUP))
-    groups = padded.reshape(len(values), -1, INT4_GROUP)
-    return _by_largest(groups, 7).reshape(len(values), -1)[:, :n_cols]
-
-
 FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "bfloat16": lambda values: values.bfloat16().to(values.dtype),
         "float16": lambda values: values.half().to(values.dtype),
-        "int8": lambda values: _by_largest(values, 127),
-        "int4": _int4,
     }
 )
-"""Name to the round trip on rows of a float32 or float64 matrix, as it is stored.
-
-`bfloat16` and `float16` round to the nearest, ties to even. `int8` is whole numbers from -127 to
-127 times a scale for each row, its largest absolute value over 127; `int4` from -7 to 7, with a
-scale for each 64 consecutive values of a row.
-"""
+"""Name to the round trip of values in float32 or float64: to the nearest, ties to even."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +88,6 @@ class SiteOnWeight(Figures):
     blocks: tuple[BlockOnWeight, ...]
     stored: str  # dtype of W in the checkpoint, such as `bfloat16`
     rounded: dict[str, Rounded]  # format to the part of the delta that it keeps in a merge
-
-    @property
-    def changed(self) -> bool:
-        """Whether there is a delta at all."""
-        return any(block.delta_norm for block in self.blocks)
 
 
 class Weights:

@@ -94,7 +94,7 @@ def analyze(
     reading: options.ReadOptions,
     listing: options.ListOutput,
 ) -> None:
-    """With --base also its size compared with W, and what a merge in 16, 8 and 4 bits keeps.
+    """With --base also its size compared with W, and what a merge in 16 bits keeps.
 
     `diff` compares two adapters.
     """

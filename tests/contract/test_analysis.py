@@ -44,22 +44,9 @@ def of_weight(figures: Any, W: np.ndarray, delta: np.ndarray) -> None:
     assert figures.relative == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(W), rel=1e-9)
 
 
-def quantized(values: np.ndarray, levels: int, group: int) -> np.ndarray:
-    """Symmetric, by the largest of each group of a row, value by value."""
-    out = np.zeros_like(values)
-    for row in range(values.shape[0]):
-        for start in range(0, values.shape[1], group):
-            part = values[row, start : start + group]
-            scale = np.abs(part).max() / np.float32(levels)
-            out[row, start : start + group] = np.round(part / scale) * scale if scale else part
-    return out
-
-
 ROUND_TRIPS = {
     "bfloat16": lambda x: torch.from_numpy(x).bfloat16().float().numpy(),
     "float16": lambda x: x.astype(np.float16).astype(np.float32),
-    "int8": lambda x: quantized(x, 127, x.shape[1]),
-    "int4": lambda x: quantized(x, 7, 64),
 }
 
 
