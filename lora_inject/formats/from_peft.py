@@ -59,6 +59,9 @@ def from_peft(
     if not lora.target_modules and not lora.target_parameters:
         problem = "it is missing: PEFT has a list of names for each type of model"
         raise _error(asked, "target_modules", problem, "Give target_modules, such as 'all-linear'")
+    if lora.lora_bias:
+        remedy = "Leave it out, and train the layers' own biases: bias='lora_only'"
+        raise _error(asked, "lora_bias", "a bias of B does not train here", remedy)
     heads = HEADS.get(lora.task_type or "", ())
     saved = [re.escape(name) for name in lora.modules_to_save if name not in heads]
     # A model has one of several heads.
@@ -81,7 +84,6 @@ def from_peft(
         "init": _init(lora.init_lora_weights, asked),
         "scaling": lora.scaling,
         "variant": "dora" if lora.use_dora else "lora",
-        "lora_bias": lora.lora_bias,
         "bias": "adapted" if lora.bias == "lora_only" else lora.bias,
         "train": train,
         "exclude": exclude,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from conftest import COPIES, fill
+from helpers.states import with_biases_of_b
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +27,7 @@ class Condition:
     config: Mapping[str, Any] = field(default_factory=dict)  # besides the kind's
     dtype: torch.dtype = torch.float64  # of the base and of its inputs when it runs
     born: torch.dtype | None = None  # of the base when it is adapted
+    given: Callable[[Any], li.AdapterState] | None = None  # what is installed in its place
     # The model, the plain one and an empty folder, once the adapter has values.
     after: Callable[[Any, nn.Module, Path], nn.Module] = lambda model, plain, folder: model
     around: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
@@ -199,7 +201,6 @@ PARAMETERS = [name for name in READ if KINDS[name].site != "layer"]
 TABLES = [name for name in KINDS if "embedding" in name]
 STACKS = ["experts", "turned experts"]
 TRANSPOSED_CONVOLUTIONS = ["conv_transpose 1d", "conv_transpose 2d"]
-NO_BIAS = ["linear without bias", "conv 3d"]
 BIASED = ["linear", "stock subclass", "own linear forward", "activation inside", "conv1d"]
 BIASED += ["conv 1d", "conv 2d"]
 IN_PEFT = [*FORWARD, "own linear forward", "activation inside", "slices of own forward"]
@@ -248,10 +249,7 @@ CONDITIONS: dict[str, Condition] = {
     "DoRA": Condition({"variant": "dora"}, refused=NO_GAIN),
     "DoRA over bfloat16": Condition({"variant": "dora"}, dtype=torch.bfloat16, refused=NO_GAIN),
     "DoRA, merged": Condition({"variant": "dora"}, after=merged, trains="inputs", refused=NO_GAIN),
-    "bias of B": Condition(
-        {"lora_bias": True},
-        refused=only(BIASED, li.MatchError) | dict.fromkeys(NO_BIAS, li.LayerError),
-    ),
+    "bias of B": Condition(given=with_biases_of_b, refused=only(BIASED, li.LayerError)),
     "half of it": Condition(after=at_weight(0.5), weight=0.5),
     "disabled": Condition(around=li.disabled, weight=0.0, trains="inputs"),
     "routed": Condition(

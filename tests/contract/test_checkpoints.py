@@ -26,7 +26,15 @@ from helpers.merging import (
 )
 from helpers.modules import tree
 from helpers.refusals import refused
-from helpers.states import SITES, Site, linear, parameter, state_of
+from helpers.states import (
+    SITES,
+    Site,
+    give_biases_of_b,
+    linear,
+    parameter,
+    state_of,
+    with_biases_of_b,
+)
 from helpers.versions import needs_transformers_5
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -364,9 +372,10 @@ def test_updates_and_trained_copies_of_several_adapters_add_up(run: Any, tmp_pat
     """`W + 0.5 scale B A + 0.7 (copy - W)`; likewise a bias of B, and two copies of one tensor."""
     base = {"q.weight": torch.randn(6, 4), "q.bias": torch.randn(6), "norm": torch.randn(4)}
     copies = {name: torch.randn_like(tensor) for name, tensor in base.items()}
-    with_bias = Site("q", lambda: nn.Linear(4, 6), 6, {"lora_bias": True})
+    with_bias = Site("q", lambda: nn.Linear(4, 6), 6)
     norm = torch.randn(4)
-    one, two = state_of(with_bias, trained={"norm": norm}), li.AdapterState({}, copies)
+    one = with_biases_of_b(state_of(with_bias, trained={"norm": norm}))
+    two = li.AdapterState({}, copies)
     (low,) = one.sites.values()
     updates = {"q.weight": low.scale * low.B @ low.A, "q.bias": low.scale * low.further["b"]}
     updates["norm"] = norm - base["norm"]
@@ -471,8 +480,8 @@ def test_a_layer_of_two_names_gets_every_update_and_bias_under_both(tmp_path: Pa
     model = tree({"one": layer, "two": layer})
     tensors = {name: t.clone() for name, t in model.state_dict().items()}
     for name in "ab":
-        rule = {"rank": 2, "targets": ["one"], "lora_bias": name == "a"}
-        fill(li.inject(model, rule, name), name)
+        fill(li.inject(model, {"rank": 2, "targets": ["one"]}, name), name)
+    give_biases_of_b(model, "a")
     li.activate(model, {"a": 1.0, "b": 1.0})
     written = merged(tmp_path, tensors, *(li.adapter_state(model, name) for name in "ab"))
     for name, value in dict(li.merged_weights(model)).items():

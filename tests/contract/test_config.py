@@ -34,7 +34,6 @@ init: {normal: 0.02}
 scaling: rslora
 compute: float32
 variant: dora
-lora_bias: true
 targets:
   - q_proj
   - match: 'h\.\d+\.attn\.c_attn'
@@ -45,7 +44,6 @@ targets:
     scaling: standard
     compute: base
     variant: lora
-    lora_bias: true
     slices: {q: 768, k: 64, v: 64}
     adapt: [v, q]
   - {match: 'experts\.up', layout: in_out, kind: parameter, layers: [16-31]}
@@ -85,8 +83,9 @@ rnak: 4 => f:1:1 (rnak) | 'rnak' | 'rank'?
 init: {std: 0.1} => f:1:8 (init.std) | 'std' | 'normal'?
 targets: [{match: q, alhpa: 3}] => f:1:22 (targets[0].alhpa) | 'alhpa' | 'alpha'?
 slices: [q, k] => 'slices' | targets
+lora_bias: true => f:1:1 (lora_bias) | does not train | bias: adapted
 {foo: 1, rank: 0, alpha: 0, targets: [q]} => (foo) | 'foo' | version, rank, alpha, dropout, init,
-    scaling, compute, variant, lora_bias, targets, exclude, train, tokens, bias, expect |
+    scaling, compute, variant, targets, exclude, train, tokens, bias, expect |
     f:1:16 (rank) | f:1:26 (alpha)
 rank: '8' => f:1:7 (rank) | '8' | integer
 rank: 010 => '010' | integer

@@ -56,6 +56,9 @@ def hold_to_twin(kind: str, condition: str, folder: Path, device: str = "cpu") -
     row, how = KINDS[kind], CONDITIONS[condition]
     plain = host(row, how.born or how.dtype)
     model = fill(li.inject(copy.deepcopy(plain), {**row.config, **how.config}))
+    if how.given is not None:
+        state = how.given(copy.deepcopy(li.adapter_state(model)))
+        li.train_only(li.install(li.eject(model), state), "default")
     tensors = li.adapter_state(model).sites[row.site].tensors
     wide = {role: t.detach().clone().double().requires_grad_() for role, t in tensors.items()}
     model = how.after(model, copy.deepcopy(plain), folder).to(device)
@@ -80,7 +83,7 @@ def hold_to_twin(kind: str, condition: str, folder: Path, device: str = "cpu") -
     if how.trains.startswith("adapter"):
         tuned = li.adapter_parameters(model, "default")
         assert {p.dtype for p in tuned.values()} == {torch.promote_types(how.dtype, torch.float32)}
-        pairs += [(tuned[f"{row.site}.lora_{r}"], wide[r]) for r in "ABmb" if r in wide]
+        pairs += [(tuned[f"{row.site}.lora_{r}"], wide[r]) for r in "ABm" if r in wide]
     if how.trains == "adapter and base":
         pairs += [(p, base[key]) for key, p in model.named_parameters() if key in base]
     pairs = [(leaf, due) for leaf, due in pairs if due.grad is not None]
@@ -111,6 +114,11 @@ def test_what_a_kind_has_not_is_refused_and_changes_nothing(
     if how.config:
         with refused(how.refused[kind], row.site, model=model):
             li.inject(model, {**row.config, **how.config})
+        return
+    if how.given is not None:
+        state = how.given(li.adapter_state(li.inject(host(row, how.dtype), row.config)))
+        with refused(how.refused[kind], "lora_bias", model=model):
+            li.install(model, state, base="any")
         return
     fill(li.inject(model, row.config))
     with refused(how.refused[kind], model=model):

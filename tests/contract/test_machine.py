@@ -21,6 +21,7 @@ from typing import Any
 import hypothesis.strategies as st
 import torch
 from conftest import COPIES, refusal, same_bits
+from helpers.states import give_biases_of_b
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class Adapter:
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        roles = [(f"{n}.lora_{r}", getattr(s, r)) for n, s in self.sites.items() for r in "ABmb"]
+        roles = [(f"{n}.lora_{r}", getattr(s, r)) for n, s in self.sites.items() for r in "ABm"]
         return {key: value for key, value in roles if value is not None} | self.copies
 
     def put(self, key: str, value: Tensor) -> None:
@@ -199,7 +200,7 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def allowed(further: set[str], of: trees.SiteOf) -> dict[str, Any]:
     if "lora_bias" in further and of.bias:
-        return {"lora_bias": True}
+        return {}
     return {"variant": "dora"} if "dora" in further and of.delta is not trees.stack else {}
 
 
@@ -327,6 +328,9 @@ class Machine(RuleBasedStateMachine):
                 if site.A0 is not None and site.B0 is not None:
                     start = (site.A0.double().clone(), site.B0.double().clone())
                     self.truth.adapters[name].sites[key].start = start
+                if "b" in site.further:
+                    b = site.further["b"].double().clone()
+                    self.truth.adapters[name].sites[key].b = b
 
     def adopt_base(self, name: str) -> None:
         """Take over a weight of the base that a verb has changed for good."""
@@ -380,11 +384,11 @@ class Machine(RuleBasedStateMachine):
             "train": [exactly(n) for n in train - tables],
             "tokens": {exactly(n): TOKENS for n in tables},
         }
-        biased = [(n, of) for n, of in adapted.items() if "lora_bias" in allowed(further, of)]
-        twice = any(n.removesuffix(of.name) + of.bias in train for n, of in biased)
+        biased = [n for n, of in adapted.items() if "lora_bias" in further and of.bias]
+        twice = any(n.removesuffix(sites[n].name) + sites[n].bias in train for n in biased)
         in_use = name in truth.adapters or truth.merged is not None
-        self.refused(lambda: li.plan(self.model, config), must=twice)
-        if self.refused(lambda: li.inject(self.model, config, name), must=in_use or twice):
+        li.plan(self.model, config)
+        if self.refused(lambda: li.inject(self.model, config, name), must=in_use):
             return
         truth.active = {}
         if truth.dtype != torch.bfloat16:
@@ -393,6 +397,8 @@ class Machine(RuleBasedStateMachine):
         adapter = truth.adapters.setdefault(name, Adapter())
         adapter.sites |= {n: Site(of, weights[n], alpha / rank) for n, of in adapted.items()}
         adapter.rows |= {same: TOKENS for n in tables for same in self.tied(n)}
+        if biased and not twice:  # as PEFT's files may have them
+            give_biases_of_b(self.model, name, biased)
         self.fill(name, data)
 
     @has_adapters

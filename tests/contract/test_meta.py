@@ -22,7 +22,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dora": LORA | {"targets": ["fc", "head"], "variant": "dora"},
     "copies": {"rank": 2, "targets": ["fc"], "train": ["norm", "head"]},
     "rows": {"rank": 2, "targets": ["fc"], "tokens": {"embed": [1, 3]}},
-    "a bias of B": {"rank": 2, "targets": [{"match": "fc", "lora_bias": True}]},
 }
 
 

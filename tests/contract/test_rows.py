@@ -12,6 +12,7 @@ from helpers.experts import experts
 from helpers.modules import Picking, of_signs
 from helpers.reference import config
 from helpers.refusals import refused
+from helpers.states import give_biases_of_b
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -208,14 +209,14 @@ def with_trained_layers() -> nn.Module:
         "norm": {"targets": ["0"], "train": [r"1\.weight", r"2\.bias"]},
         "none": {"targets": ["0"]},
         "low": {"targets": ["2"], "bias": "adapted"},
-        "of B": {"targets": ["0", "2"], "lora_bias": True},
+        "of B": {"targets": ["0", "2"]},
         "dora": {"targets": ["0"], "variant": "dora", "bias": "adapted"},
     }.items():
         fill(li.inject(model, {"rank": 1, **rules}, name), name)
         for key, parameter in li.adapter_parameters(model, name).items():
             if "lora_A" not in key and "lora_B" not in key:
                 torch.nn.init.normal_(parameter)
-    return model
+    return give_biases_of_b(model, "of B")
 
 
 # A model, the adapters of the rows, and the shape of a row.

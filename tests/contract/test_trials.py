@@ -122,7 +122,6 @@ CLASSES = {
     "head": Trial({"rank": 2, "targets": [C_ATTN], "train": ["score"]}, lr=1e-2, clip=0.1),
     "low head": Trial({"rank": 2, "dropout": 0.2, "targets": ["score", "c_fc"]}, lr=1e-2),
     "biases": Trial(BIASES, lr=3e-3, weight_decay=0.1, seed=1),
-    "of B": Trial({"rank": 2, "targets": ["c_fc"], "lora_bias": True}, lr=1e-2, **COSINE),
     "own": Trial({"rank": 3, "targets": ["c_fc"], "bias": "adapted"}, lr=1e-2),
     "dora": Trial(OF_DORA, lr=1e-2),
     "dora dropped": Trial({**OF_DORA, "dropout": 0.3}, lr=1e-2, seed=4),

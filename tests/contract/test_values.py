@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import COPIES
 from helpers.refusals import refused
-from helpers.states import SITES, Site, effect, linear, parameter, state_of
+from helpers.states import SITES, Site, effect, linear, parameter, state_of, with_biases_of_b
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -159,13 +159,13 @@ def test_trained_tensors_are_mixed_where_the_base_cancels_out() -> None:
 
 def test_a_bias_of_b_is_scaled_added_and_kept_by_truncation() -> None:
     """The layer's bias becomes `bias + scale * b`."""
-    row = replace(LINEAR, layer=lambda: nn.Linear(5, 7), rule={"lora_bias": True})
 
     def bias(state: li.AdapterState) -> Tensor:
         (site,) = state.sites.values()
         return site.scale * site.further["b"].double()
 
-    a, b, c = one(row, alpha=4), one(row, 1, alpha=3), one(LINEAR, 2)
+    a, b = (with_biases_of_b(one(LINEAR, n, alpha=4.0 - n), seed=n) for n in (0, 1))
+    c = one(LINEAR, 2)
     due, total = -0.5 * bias(a) + bias(b), li.combine([a, b, c], [-0.5, 1, 1])
     assert_close(bias(total), due, 1e-6)
     assert_close(delta(total), -0.5 * delta(a) + delta(b) + delta(c), 1e-6)

@@ -13,11 +13,11 @@ from helpers.forks import Forks
 from helpers.merging import save_checkpoint
 from helpers.models import TiedDecoder
 from helpers.refusals import refused
+from helpers.states import give_biases_of_b, with_biases_of_b
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from contract.kinds import KINDS, host
 
 
 def test_dropout_is_pefts(tmp_path: Path) -> None:
@@ -86,18 +86,43 @@ def test_a_variant_from_outside_the_package(tmp_path: Path, forks: Forks) -> Non
 
 
 def test_a_bias_of_b_is_refused_where_it_has_no_place() -> None:
-    bare = nn.Sequential(nn.Linear(4, 6, bias=False))
-    config = {"rank": 1, "targets": ["0"], "lora_bias": True}
+    def with_bias(**config: Any) -> li.AdapterState:
+        net = li.inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 1, "targets": ["0"], **config})
+        return with_biases_of_b(li.adapter_state(net))
+
+    bare, net = nn.Sequential(nn.Linear(4, 6, bias=False)), nn.Sequential(nn.Linear(4, 6))
     with refused(li.LayerError, "'0.bias'", "lora_bias", model=bare):
-        li.inject(bare, config)
-    net = nn.Sequential(nn.Linear(4, 6))
-    twice = {**config, "bias": "adapted"}
-    for verb in (li.plan, li.inject):
-        with refused(li.MatchError, "'0.bias'", "lora_bias", model=net):
-            verb(net, twice)
-    model = host(KINDS["linear"])
-    with refused(li.MatchError, "'layer'", "lora_bias", "dora", model=model):
-        li.inject(model, {**KINDS["linear"].config, "lora_bias": True, "variant": "dora"})
+        li.install(bare, with_bias(), base="any")
+    with refused(li.LayerError, "'bias'", model=net):
+        li.install(net, with_bias(bias="adapted"), base="any")
+    parts = {"match": "0", "slices": {"q": 2, "k": 4}, "adapt": ["k"]}
+    with refused(li.LayerError, "'0'", "lora_bias", "slices", model=net):
+        li.install(net, with_bias(targets=[parts]), base="any")
+
+
+@pytest.mark.parametrize("layout", ["native", "peft"])
+def test_a_bias_of_b_does_not_train(layout: str, tmp_path: Path, caplog: Any) -> None:
+    """A file that has it is loaded and merged; who trains it is told, who asks for one as well."""
+    plain = TiedDecoder().double()
+    model = give_biases_of_b(fill(li.inject(copy.deepcopy(plain), {"rank": 1, "targets": ["fc"]})))
+    path, due = tmp_path / ("a.safetensors" if layout == "native" else "a"), model(IDS)
+    li.save_adapter(model, path, format=layout)
+    caplog.clear()
+    back = li.load_adapter(copy.deepcopy(plain), path, trainable=True)
+    (told,) = caplog.messages
+    assert "do not train" in told
+    assert "'fc'" in told
+    assert [*li.adapter_parameters(back)] == ["fc.lora_A", "fc.lora_B"]
+    assert {name for name, p in back.named_parameters() if p.requires_grad} == {
+        "fc.lora_A__default",
+        "fc.lora_B__default",
+    }
+    assert same_bits(back(IDS), due)
+    li.merge(back)
+    assert error(back(IDS), due) <= 1e-12
+    for config in ({"lora_bias": True}, {"targets": [{"match": "fc", "lora_bias": True}]}):
+        with refused(li.ConfigError, "lora_bias", "does not train", "bias: adapted", model=plain):
+            li.inject(plain, {"targets": ["fc"], **config})
 
 
 TOKENS = {"rank": 1, "targets": ["fc"], "tokens": {"embed": [7, 2]}}
@@ -168,7 +193,7 @@ def test_tokens_are_refused_where_they_cannot_train() -> None:
 
 MORE: dict[str, dict[str, Any]] = {
     "variant": {"variant": "dora", "targets": ["fc", "embed"]},
-    "lora_bias": {"lora_bias": True, "targets": ["fc"]},
+    "lora_bias": {"targets": ["fc"]},
     "rows": TOKENS,
 }
 
@@ -181,7 +206,9 @@ def test_files_swaps_and_merges_on_disk_know_what_an_adapter_has_besides_a_and_b
     plain, config = TiedDecoder(), {"rank": 2, "alpha": 3, **MORE[more]}
     if more == "variant":
         plain.head.weight = nn.Parameter(plain.head.weight.clone())
-    model = fill(li.inject(copy.deepcopy(plain), config))
+    model, other = (fill(li.inject(copy.deepcopy(plain), config)) for _ in range(2))
+    if more == "lora_bias":
+        model, other = give_biases_of_b(model), give_biases_of_b(other)
     wanted, state = model(IDS), li.adapter_state(model)
     path = tmp_path / ("a.safetensors" if layout == "native" else "a")
     li.save_adapter(model, path, format=layout)
@@ -191,12 +218,11 @@ def test_files_swaps_and_merges_on_disk_know_what_an_adapter_has_besides_a_and_b
     for name, site in li.adapter_state(again).sites.items():
         assert site.tensors.keys() == state.sites[name].tensors.keys()
     if more != "rows":
-        lora = li.inject(copy.deepcopy(plain), {**config, "variant": "lora", "lora_bias": False})
+        lora = li.inject(copy.deepcopy(plain), {**config, "variant": "lora"})
         with refused(li.FormatError, more, model=lora):
             li.swap_adapter(lora, path)
     if (more, layout) == ("rows", "peft"):
         return  # whose files say nothing of the rest of the table
-    other = li.inject(copy.deepcopy(plain), config)
     assert same_bits(li.swap_adapter(other, path)(IDS), wanted)
     base = save_checkpoint(tmp_path / "base", {k: t.clone() for k, t in plain.state_dict().items()})
     li.merge_checkpoint(base, [path], tmp_path / "merged")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import error, fill, same_bits
 from helpers.reference import with_deltas
 from helpers.refusals import refused
+from helpers.states import give_biases_of_b
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -228,19 +229,16 @@ def test_a_write_to_what_was_read_is_refused(kind: str, write: str) -> None:
         WRITES[write](m)
 
 
-MADE_ON_READING: dict[str, tuple[dict[str, Any], str]] = {
-    "rows of a table": ({"tokens": {"0": [1, 3]}}, "0.weight"),
-    "a bias with that of B": ({"lora_bias": True}, "1.bias"),
-}
+MADE_ON_READING = {"rows of a table": "0.weight", "a bias with that of B": "1.bias"}
 
 
 @pytest.mark.parametrize("write", [lambda t: t.add_(1), lambda t: t.data.mul_(2)], ids=["", "data"])
 @pytest.mark.parametrize("case", MADE_ON_READING)
 def test_a_write_to_what_is_a_tensor_of_its_own_is_refused(case: str, write: Any) -> None:
-    further, name = MADE_ON_READING[case]
     net = nn.Sequential(nn.Embedding(D, D), nn.Linear(D, D))
-    fill(li.inject(net, {"rank": 2, "targets": ["1"], **further}))
-    path, _, parameter = name.partition(".")
+    fill(li.inject(net, {"rank": 2, "targets": ["1"], "tokens": {"0": [1, 3]}}))
+    give_biases_of_b(net)
+    path, _, parameter = MADE_ON_READING[case].partition(".")
     read = getattr(net.get_submodule(path), parameter)
     with torch.no_grad(), refused(li.LayerError, "get_parameter", model=net):
         write(read)

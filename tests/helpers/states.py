@@ -5,12 +5,13 @@ into a model, injects, fills A and B with noise, and takes the adapter's value. 
 update in float64 from A, B and the scale, and from what the row says of the layer.
 """
 
+import copy
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from contract.kinds import conv1d
@@ -20,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,25 @@ def state_of(*sites: Site, seed: int = 0, size: float = 1.0, **others: Any) -> l
                 tensor.copy_(size * torch.randn(tensor.shape, generator=generator))
         held = li.adapter_state(model).sites
     return li.AdapterState(held, **others)
+
+
+def with_biases_of_b(
+    state: li.AdapterState, names: Collection[str] | None = None, seed: int = 0
+) -> li.AdapterState:
+    """The adapter with a random bias of B at some sites, or all, as files of PEFT may hold it."""
+    generator, sites = torch.Generator().manual_seed(seed), dict(state.sites)
+    for name in sites if names is None else names:
+        spec = replace(sites[name].spec, lora_bias=True)
+        b = torch.randn(spec.shapes["b"], generator=generator).to(sites[name].B)
+        sites[name] = replace(sites[name], spec=spec, further={**sites[name].further, "b": b})
+    return replace(state, sites=sites)
+
+
+def give_biases_of_b(model: M, name: str = "default", names: Collection[str] | None = None) -> M:
+    """Put such an adapter in the place of one of a model; it trains, but for these biases."""
+    state = with_biases_of_b(copy.deepcopy(li.adapter_state(model, name)), names)
+    li.install(li.eject(model, name), state, name)
+    return li.train_only(model, name)
 
 
 def effect(held: li.classes.SiteState, row: Site | None = None) -> Tensor:

@@ -152,12 +152,12 @@ def test_inject_takes_a_lora_config_and_the_folder_of_an_adapter(models, tmp_pat
         assert li.from_peft(path) == li.from_peft(config)
 
 
-def test_variants_biases_of_b_and_token_rows_are_translated(models):
+def test_variants_and_token_rows_are_translated(models):
     model = models["llama"]
     dora = li.plan(model, LoraConfig(target_modules=QV, use_dora=True))
     assert {site.variant for site in dora.sites} == {"dora"}
-    biased = li.plan(model, LoraConfig(target_modules=QV, lora_bias=True))
-    assert all(site.lora_bias for site in biased.sites)
+    with refused(li.ConfigError, "'lora_bias'", "does not train", "bias='lora_only'"):
+        li.plan(model, LoraConfig(target_modules=QV, lora_bias=True))
     for given in ([3, 5], {"embed_tokens": [3, 5]}):
         plan = li.plan(model, LoraConfig(target_modules=QV, trainable_token_indices=given))
         rows = {entry.name: entry.rows for entry in plan.trained}

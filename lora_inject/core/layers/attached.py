@@ -85,8 +85,8 @@ class Entry:
         return self.shape if self.spec is None else self.spec.shape_of(role)
 
     def trains(self, role: str) -> bool:
-        """Return whether the tensor of a role trains: all but a frozen start."""
-        return self.spec is None or role in self.spec.shapes
+        """Return whether the tensor of a role trains: all but a frozen start and a bias of B."""
+        return self.scale is None if self.spec is None else role in self.spec.shapes
 
     def trainable(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Return the Parameter of each role that trains, as optimizers hold it."""

@@ -13,7 +13,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.model.base import Base
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.put import put_state, survey_for, uncollected
-from lora_inject.core.model.training import check_live_inputs
+from lora_inject.core.model.training import check_live_inputs, say_fixed_biases
 from lora_inject.errors import check_type, user_path, within
 from lora_inject.formats.exchange import detected, read_adapter
 from lora_inject.formats.hub import on_disk
@@ -83,6 +83,8 @@ def load_adapter(
     fitted = fit(survey, state, leave_out, base, leave_new=leave_new, asked=asked)
     if format == "peft" and state.fingerprint is None:  # PEFT made it
         refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)
+    if trainable:
+        say_fixed_biases((site.spec for site in fitted.sites.values()), asked)
     adapter = put_state(survey, fitted, name, owned=True, trainable=trainable)
     adapter.files = files.absolute()
     return model

@@ -16,7 +16,9 @@ from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.layouts import why_no_gain
 from lora_inject.core.spec.patterns import under
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
-from lora_inject.errors import LayerError
+from lora_inject.errors import LayerError, article
+
+BIASED_KINDS = ("linear", "conv1d", "conv")
 
 
 def places(
@@ -63,6 +65,10 @@ def _of_sites(survey: Survey, name: str, sites: Iterable[SiteSpec]) -> Iterator[
         path = paths[id(module)]
         yield Carried._make((path, module, Entry(name, spec, param, names)))  # at half the cost
         if spec.lora_bias:
+            if spec.slices or spec.variant != "lora" or spec.kind not in BIASED_KINDS:
+                what = "slices" if spec.slices else f"{spec.variant} on {article(spec.kind)}"
+                problem = f"it has a bias of B (lora_bias) beside {what}"
+                raise LayerError(f"site {spec.name!r}", problem, "Take that of a plain layer")
             b = {"b": attribute("b", name, "bias")}
             entry = Entry(name, None, "bias", b, spec.shapes["b"], None, spec.scale)
             yield Carried(path, module, entry)
@@ -88,12 +94,11 @@ def _check_free(place: Carried, classes: set[Hashable], *, again: bool) -> None:
     module, entry, cls = place.module, place.entry, type(place.module)
     if again:
         problem = f"its {entry.param!r} is adapted and trained, or gets a bias twice"
-        remedy = "Leave one of train, bias and lora_bias out"
+        remedy = "Leave one of them out"
         raise LayerError(_asked(place), problem, remedy)
     if entry.scale is not None and module._parameters.get("bias") is None:
-        problem = "lora_bias is added to the layer's bias, which is None: no merge could hold the "
-        remedy = "Leave lora_bias out there, or give the layer a bias of zeros"
-        raise LayerError(_asked(place), f"{problem}sum", remedy)
+        problem = "the bias of B (lora_bias) is added to the layer's bias, which is None: no merge "
+        raise LayerError(_asked(place), f"{problem}could hold the sum", "Give it a bias of zeros")
     alike = cls, id(entry.names)
     is_new = alike not in classes
     # By the dicts: `hasattr` would raise and catch for each name.

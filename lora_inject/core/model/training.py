@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.functional.torch_inside import forget_graphs
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.library import (
@@ -30,9 +32,11 @@ from lora_inject.core.roots.root import (
     find_root,
 )
 from lora_inject.core.spec.names import joined
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import LayerError, StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
+LOG = logging.getLogger("lora_inject")
 
 
 @alone
@@ -71,6 +75,7 @@ def train_only(model: M, names: str | Iterable[str] | None) -> M:
         check_live_inputs(survey, f"train_only {min(wanted)!r}")
     asked = f"train_only {', '.join(map(repr, sorted(wanted)))}"
     flags = [(p, entry.adapter in wanted) for _, entry, _, p in trainable_tensors(survey)]
+    say_fixed_biases((e.spec for _, _, e in entries(survey) if e.adapter in wanted), asked)
     training = [parameter for parameter, trains in flags if trains]
     for library in loaded_libraries():
         library.before_train(survey, training, asked)
@@ -85,6 +90,16 @@ def train_only(model: M, names: str | Iterable[str] | None) -> M:
     if changed:
         forget_graphs()
     return model
+
+
+def say_fixed_biases(specs: Iterable[SiteSpec | None], asked: str) -> None:
+    """Log that a bias of B, which PEFT's files may hold, is kept as it is: here none trains."""
+    if names := [spec.name for spec in specs if spec is not None and spec.lora_bias]:
+        LOG.warning(
+            "%s: the biases of B (lora_bias) keep the file's values and do not train, as of %s",
+            asked,
+            one_line(names),
+        )
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:

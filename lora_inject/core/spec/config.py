@@ -134,10 +134,6 @@ Variant = Annotated[
     AfterValidator(_check_variant),
     Field(description="How A and B become an update of W: lora, or another variant's name."),
 ]
-LoraBias = Annotated[
-    bool,
-    Field(description="B has a bias, which is added, scaled, to the layer's."),
-]
 
 
 class Normal(Strict):
@@ -203,7 +199,6 @@ class Rule(Strict):
     scaling: Scaling | None = None
     compute: Compute | None = None
     variant: Variant | None = None
-    lora_bias: LoraBias | None = None
     only: Indices | None = None
     """Of stacked experts, those of these numbers."""
     share: Literal["A", "B"] | None = None
@@ -273,7 +268,7 @@ class Expect(Strict):
         return self
 
 
-HYPER = ("rank", "alpha", "dropout", "init", "scaling", "compute", "variant", "lora_bias")
+HYPER = ("rank", "alpha", "dropout", "init", "scaling", "compute", "variant")
 """The hyper-parameters, which a rule may set."""
 
 
@@ -306,7 +301,6 @@ class Config(Shown, YamlModel):
     scaling: Scaling = "standard"
     compute: Compute = "base"
     variant: Variant = "lora"
-    lora_bias: LoraBias = False
     targets: Annotated[tuple[Rule, ...], _List] = ()
     """What to adapt: rules in order, the first match wins. A string is a rule's match."""
     exclude: Patterns = ()

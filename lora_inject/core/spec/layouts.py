@@ -13,7 +13,6 @@ from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import MatchError, article
 
 SLICED_KINDS = ("linear", "conv1d", "parameter")
-BIASED_KINDS = ("linear", "conv1d", "conv")
 
 
 def oriented(candidate: Candidate, rule: Rule, asked: str) -> Geometry:
@@ -163,10 +162,6 @@ def check_allowed(site: SiteSpec, asked: str) -> None:
     if site.update == "weight" and site.dropout:
         problem = f"dropout {site.dropout:g} on a weight that is read, not called with inputs"
         raise MatchError(asked, problem, "Give the rule dropout: 0")
-    if site.lora_bias and (site.slices or site.variant != "lora" or site.kind not in BIASED_KINDS):
-        what = f"variant {site.variant}" if site.variant != "lora" else article(site.kind)
-        problem = f"lora_bias on {'slices' if site.slices else what}"
-        raise MatchError(asked, problem, "Give the rule lora_bias: false")
     if VARIANTS[site.variant].gained and (why := why_no_gain(site)):
         problem = f"variant {site.variant} on {why}"
         raise MatchError(asked, problem, "Give the rule variant: lora")

@@ -148,7 +148,6 @@ def _numbers(rule: Rule, sites: Iterable[SiteSpec]) -> str:
     parts += [f"dropout {rule.dropout:g}"] if rule.dropout else []
     parts += ["compute float32"] if rule.compute == "float32" else []
     parts += [str(rule.variant)] if rule.variant != "lora" else []
-    parts += ["lora_bias"] if rule.lora_bias else []
     return ", ".join(parts)
 
 

@@ -263,6 +263,10 @@ _NAMES = {
 _OF_PEFT = re.compile("r|(lora|target|use|init_lora|exclude|modules_to|layers_to)_.+|peft_type")
 _ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others}
 """Names of the same thing elsewhere, PEFT above all, to ours."""
+_LEFT_OUT = {
+    "lora_bias": "A bias of B does not train here; train the layers' own: bias: adapted",
+}
+"""Keys that have no other name, and what to do instead."""
 
 
 def in_words(
@@ -330,6 +334,8 @@ def _explained(detail: ErrorDetails, path: Loc, cls: type[Strict]) -> tuple[str,
         problem, remedy = detail["ctx"]["error"].args
         return problem, remedy
     if kind == "extra_forbidden":
+        if path[-1] in _LEFT_OUT:
+            return f"'{path[-1]}' is set", _LEFT_OUT[str(path[-1])]
         remedy = _other_key(path, {"": cls, **cls.inside})
         if _OF_PEFT.fullmatch(str(path[-1])):
             remedy += f"{'' if remedy[-1] == '?' else '.'} lora_inject.from_peft reads a LoraConfig"

@@ -35,7 +35,6 @@ from lora_inject.core.spec.names import (
     canonical,
     counted,
     is_bias,
-    joined,
     meant,
     nearest,
     parent,
@@ -343,15 +342,12 @@ def _check_not_both(
     entries: Mapping[str, Trained], inventory: Inventory, sites: Iterable[SiteSpec]
 ) -> None:
     """Raise for a tensor that is adapted and trained, under whichever of its names it is tied."""
-    held = [(site, canonical(site.weight), "weight") for site in sites]
-    held += [(site, joined(site.name, "bias"), "bias") for site in sites if site.lora_bias]
-    for site, name, what in held:
+    for site in sites:
+        name = canonical(site.weight)
         entry = entries.get(inventory.listed.get(name, name))
         if entry is not None:
-            problem = f"'{entry.name}' is the {what} of the site '{site.name}'"
+            problem = f"'{entry.name}' is the weight of the site '{site.name}'"
             remedy = f"Exclude '{site.name}', or narrow the pattern"
-            if what == "bias":
-                remedy = "Set lora_bias: false there, or leave it out of train and bias"
             raise MatchError(entry.why, f"{problem}: adapted and trained both", remedy)
 
 
