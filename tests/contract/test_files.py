@@ -353,7 +353,10 @@ BAD: dict[str, Callable[[dict[str, Any], bytes], bytes]] = {
     "not utf-8": lambda table, data: with_header(b'{"\xff', data),
     "a list": lambda table, data: with_header("[]", data),
     "nested too deeply": lambda table, data: with_header("[" * 100_000, data),
-    "a key twice": text_edited("{", '{"a":1,"a":1,'),
+    "a tensor twice": text_edited("{", f'{{"a":{json.dumps(NOTHING)},"a":{json.dumps(NOTHING)},'),
+    "metadata twice": text_edited("{", '{"__metadata__":{},"__metadata__":{},'),
+    "text twice": text_edited("{", '{"__metadata__":{"a":"b","a":"c"},'),
+    "a shape twice": text_edited('"shape"', '"shape":[9],"shape"'),
     "metadata not strings": lambda table, data: with_header(
         json.dumps({**table, "__metadata__": {**table.get("__metadata__", {}), "a": 1}}), data
     ),

@@ -144,7 +144,7 @@ _DAMAGED = "The file is damaged; fetch it again"
 
 def _parse_header(raw: bytes, size_bytes: int, error: type[LoraInjectError]) -> Header:
     """Check that the table is well formed and that its tensors tile the file exactly."""
-    table = parse_json(raw[8:], "its header", error)
+    table = parse_json(raw[8:], "its header", error, keys_once=True)
     if not isinstance(table, dict):
         raise error("", "its header is not a JSON object", _DAMAGED)
     metadata = table.pop("__metadata__", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,14 +19,22 @@ Positive = Annotated[float, Field(gt=0, le=1e38)]
 """What float32 can hold."""
 
 
-def parse_json(text: str | bytes, asked: str, error: type[LoraInjectError] = FormatError) -> Any:
+def parse_json(
+    text: str | bytes,
+    asked: str,
+    error: type[LoraInjectError] = FormatError,
+    *,
+    keys_once: bool = False,
+) -> Any:
     """Parse JSON as untrusted input: not too deep, no NaN or Infinity.
 
     `asked` is what messages call it, `error` the class of errors: of an adapter or a checkpoint.
+    `keys_once` refuses a table that has a key twice, of which Python takes the last.
     """
+    pairs = _once if keys_once else None
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=pairs)
     except RecursionError:
         problem = "its JSON is nested too deeply"
     except ValueError as cause:
@@ -45,6 +54,14 @@ def parse_table(
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice[:80]!r} stands twice")
+    return table
 
 
 def is_positive(value: object) -> bool:
