@@ -2,9 +2,9 @@
 
 The index only repeats what the headers say. Both are read and must agree.
 
-Of the other files a list names those to copy, not those to leave out. Weights of other formats,
-optimizer states and hidden files are not copied. Code is copied only on request: a merge must not
-make anybody run code.
+Of the other files a list says which to copy, and the plan names the rest: weights of other formats,
+optimizer states. Code is copied only on request: a merge must not make anybody run code. Of one
+file, which may have others of other models beside it, nothing comes along but the config.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_inject.checkpoint.packed import Packed
 from lora_inject.core.adapter.fingerprint import sample_positions
@@ -27,6 +27,7 @@ from lora_inject.errors import CheckpointError, user_path
 from lora_inject.formats.model_facts import ModelFacts
 
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+_PART = re.compile(r".+-(\d+)-of-(\d+)\.safetensors")
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_DEPTH = 2  # folders inside, of other files
 QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -34,8 +35,8 @@ QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md", ".yaml", ".yml"}
 _SUFFIXES |= {".tiktoken", ".bpe", ".spm", ".vocab"}
 _NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-_STARTS = ("adapter_", "optimizer", "pytorch_model", "rng_state")  # of what stays behind
-_NOT = ("adapter_config.json", "trainer_state.json", "config.json")
+_STARTS = ("adapter_", "optimizer", "pytorch_model", "rng_state", "trainer_state")
+"""Beginnings of what stays behind whatever it ends with: it is of an adapter, or of a run."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class Checkpoint:
         asked = f"open the checkpoint '{path}'"
         if path.is_file() and path.suffix == ".safetensors":
             folder = path.parent.resolve()
-            alone = not any(folder.glob("*" + INDEX_SUFFIX))
-            config = read_config(folder) if alone else {}  # else it is that of all files together
+            files = [*_visible(folder, "*.safetensors"), *_visible(folder, "*" + INDEX_SUFFIX)]
+            config = read_config(folder) if files == [path.name] else {}  # else whose is it?
             return cls(folder, _read_shards(folder, [path.name]), None, None, config, lone=True)
         if not path.is_dir():
             problem = "it is not a folder" if path.exists() else "there is no such folder"
@@ -168,9 +169,8 @@ def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
 
 def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
     """Return the index's file name, the shards' names, and the index as parsed."""
-    indexes = sorted(p.name for p in folder.glob("*" + INDEX_SUFFIX))
-    files = sorted(p.name for p in folder.glob("*.safetensors") if p.name[0] != ".")
-    if index_name := _prefer_model(indexes, asked):
+    indexes, files = _visible(folder, "*" + INDEX_SUFFIX), _visible(folder, "*.safetensors")
+    if index_name := _prefer_model(indexes, "model" + INDEX_SUFFIX, asked):
         stem = index_name.removesuffix(INDEX_SUFFIX)
         if stem + ".safetensors" in files:
             problem = f"it holds both '{stem}.safetensors' and '{index_name}'"
@@ -180,7 +180,10 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
         index = read_json(file, f"read '{file.name}'", CheckpointError)
         return index_name, _shards_of(index_name, index), index
     files = [name for name in files if not name.startswith("adapter_model")]
-    if name := _prefer_model(files, asked):
+    if name := _prefer_model(files, "model.safetensors", asked):
+        if (part := _PART.fullmatch(name)) is not None and int(part[2]) > 1:
+            problem = f"it holds '{name}', {int(part[1])} of {int(part[2])} parts, and no index"
+            raise CheckpointError(asked, problem, "The download is not complete; fetch it again")
         return None, {name}, None
     if (folder / "adapter_config.json").is_file():
         problem = "it is an adapter, and a model is due here"
@@ -191,14 +194,20 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
     raise CheckpointError(asked, "it holds no .safetensors weights", remedy)
 
 
-def _prefer_model(names: list[str], asked: str) -> str | None:
-    """Return the one name, or the one called `model`."""
-    preferred = [name for name in names if name.split(".")[0] == "model"]
-    if len(names) > 1 and not preferred:
-        problem = f"it holds several and none is called 'model': {', '.join(names[:5])}"
+def _visible(folder: Path, pattern: str) -> list[str]:
+    """Return the names in a folder that match, but hidden ones."""
+    return sorted(path.name for path in folder.glob(pattern) if path.name[0] != ".")
+
+
+def _prefer_model(names: list[str], preferred: str, asked: str) -> str | None:
+    """Return the preferred name, or the only one; variants such as `model.fp16` are others."""
+    if preferred in names:
+        return preferred
+    if len(names) > 1:
+        problem = f"it holds several and none is '{preferred}': {', '.join(names[:5])}"
         remedy = "Give the path of the .safetensors file that is meant, or restore the index"
         raise CheckpointError(asked, problem, remedy)
-    return next(iter([*preferred, *names]), None)
+    return names[0] if names else None
 
 
 def _shards_of(name: str, index: Any) -> set[str]:
@@ -260,30 +269,37 @@ def _check_index(asked: str, weight_map: Mapping[str, str], shards: Mapping[str,
 # Other files ------------------------------------------------------------------------------------
 
 
-def find_side_files(
-    base: Checkpoint, *, code: bool = False
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return relative paths of the files to copy, and of code that is not copied.
+class SideFiles(NamedTuple):
+    """The files of a folder but its own config, by relative paths; a folder's ends with a slash."""
 
-    `config.json` and weight indexes are neither: they are written separately, last.
-    """
-    taken, left = list[str](), list[str]()
-    for path in sorted(_walk(base.folder, 0 if base.lone else MAX_DEPTH)):
-        name = path.relative_to(base.folder).as_posix()
-        stays = name in _NOT or path.name.endswith(".index.json") or path.name.startswith(_STARTS)
-        if path.suffix == ".py":
-            (taken if code else left).append(name)
-        elif not stays and (path.suffix in _SUFFIXES or path.name.startswith(_NAMES)):
-            taken.append(name)
-    return tuple(taken), tuple(left)
+    belong: tuple[str, ...]  # what a checkpoint has beside its weights
+    code: tuple[str, ...]
+    left: tuple[str, ...]  # all else, weights among them, but what is hidden
+
+
+def find_side_files(folder: Path) -> SideFiles:
+    """Tell which files of a folder belong to any checkpoint in it."""
+    belong, code, left = list[str](), list[str](), list[str]()
+    for path in _walk(folder, MAX_DEPTH):
+        name = path.relative_to(folder).as_posix()
+        is_side = path.suffix in _SUFFIXES or path.name.startswith(_NAMES)
+        stays = path.name.endswith(".index.json") or path.name.startswith(_STARTS)
+        if not path.is_file():
+            left.append(f"{name}/")
+        elif path.suffix == ".py":
+            code.append(name)
+        elif name != "config.json":
+            (belong if is_side and not stays else left).append(name)
+    return SideFiles(tuple(belong), tuple(code), tuple(left))
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.is_file() and not path.name.startswith("."):
-            yield path
-        elif depth > 0 and path.is_dir() and not (path.is_symlink() or path.name.startswith(".")):
-            yield from _walk(path, depth - 1)
+    """Yield each file that is not hidden, and each folder that is empty or not looked into."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        inside = depth > 0 and path.is_dir() and not path.is_symlink()
+        yield from [*_walk(path, depth - 1)] if inside and any(path.iterdir()) else [path]
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.checkpoint.index import INDEX_SUFFIX, Checkpoint, find_side_files
 from lora_inject.checkpoint.merge_inputs import Given, MergeOptions
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.output_files import OutputShard
@@ -220,7 +220,7 @@ def _check_kept(options: MergeOptions, reports: Sequence[TensorReport]) -> None:
 def check_output(base: Checkpoint, output: str | Path, *, overwrite: bool = False) -> Path:
     """Return an output folder, links resolved, that can be written without changing other files.
 
-    With `overwrite` it may hold a checkpoint: files alone, one of them with weights.
+    With `overwrite` it may hold a checkpoint, and nothing that a merge does not write.
 
     Raises:
         CheckpointError: It is the base, inside or around it, a file, a mount point, or not empty.
@@ -239,21 +239,23 @@ def check_output(base: Checkpoint, output: str | Path, *, overwrite: bool = Fals
         problem = "it is a mount point, and the output gets its name by a rename"
         raise CheckpointError(asked, problem, "Give a folder inside it")
     names = sorted(path.name for path in folder.iterdir())
-    if names and not (overwrite and _is_checkpoint(folder)):
-        which = "what is in it is no checkpoint" if overwrite else "it is not empty"
-        remedy = "Give another folder, or remove this one"
-        if not overwrite:
-            remedy += "; overwrite=True replaces a checkpoint"
-        raise CheckpointError(asked, f"{which} ({', '.join(names[:4])})", remedy)
+    remedy = "Give another folder, or remove this one"
+    if names and not overwrite:
+        remedy += "; overwrite=True replaces a checkpoint"
+        raise CheckpointError(asked, f"it is not empty ({', '.join(names[:4])})", remedy)
+    if names and (foreign := _foreign(folder)):
+        raise CheckpointError(asked, f"it is no checkpoint: it holds {foreign}", remedy)
     return folder
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds what a merge writes: files, `model*.safetensors` among them."""
-    paths = list(folder.iterdir())
-    has_weights = any(path.match("model*.safetensors") for path in paths)
-    is_adapter = any(path.name.startswith("adapter_") for path in paths)
-    return has_weights and not is_adapter and all(path.is_file() for path in paths)
+def _foreign(folder: Path) -> str:
+    """Return what a folder holds that no merge writes, or lacks; "" for a checkpoint."""
+    weights = [path.name for path in folder.glob("*.safetensors")]
+    indexes = [path.name for path in folder.glob("*" + INDEX_SUFFIX)]
+    hidden = [f"{path.name}/" for path in folder.glob(".*") if path.is_dir()]
+    ours = {name for name in (*weights, *indexes) if not name.startswith("adapter_")}
+    others = [name for name in (*hidden, *find_side_files(folder).left) if name not in ours]
+    return repr(others[0]) if others else "" if ours & {*weights} else "no weights"
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:

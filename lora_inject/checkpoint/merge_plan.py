@@ -178,11 +178,7 @@ def plan_merge(
         _check_job(job)
     changes.grow_vocabulary()
     shards, notes = lay_out(checkpoint, jobs), changes.notes
-    side_files, code_left = find_side_files(checkpoint, code=options.copy_code)
-    if options.dequantize is not None:
-        side_files = tuple(name for name in side_files if name not in QUANTIZED_FILES)
-    if code_left:
-        notes.append(f"code is copied on request only: {', '.join(code_left)}")
+    side_files, left_out = _side_files(checkpoint, options)
     return MergePlan(
         checkpoint,
         tuple(weighted),
@@ -191,8 +187,25 @@ def plan_merge(
         changes.config,
         _new_index(checkpoint, shards),
         side_files,
-        tuple(notes),
+        (*notes, *left_out),
     )
+
+
+def _side_files(base: Checkpoint, options: MergeOptions) -> tuple[tuple[str, ...], list[str]]:
+    """Return the other files to copy, and notes on those that are left out."""
+    if base.lone:
+        return (), []
+    found = find_side_files(base.folder)
+    taken = [*found.belong, *(found.code if options.copy_code else ())]
+    left = [name for name in found.left if name not in {*base.shards, base.index_name}]
+    notes = []
+    if options.dequantize is not None:
+        taken = [name for name in taken if name not in QUANTIZED_FILES]
+    if found.code and not options.copy_code:
+        notes.append(f"code is copied on request only: {', '.join(found.code)}")
+    if left:
+        notes.append(f"left out: {', '.join(map(repr, left))}")
+    return tuple(sorted(taken)), notes
 
 
 def _check_ties(checkpoint: Checkpoint, given_ties: Mapping[str, str]) -> None:

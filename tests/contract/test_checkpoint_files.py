@@ -95,6 +95,26 @@ def test_which_files_are_the_checkpoint(sharded: Path, tmp_path: Path) -> None:
     refused_by("'snapshots/abc'", folder=cache)
 
 
+@pytest.mark.parametrize("variant", ["model.fp16", "model.00"])
+def test_a_variant_is_not_taken_for_the_checkpoint(variant: str, tmp_path: Path) -> None:
+    """Folders of diffusers' pipelines hold both; loaders read `model` unless told otherwise."""
+    base = save_checkpoint(tmp_path / "base", TENSORS)
+    save_checkpoint(base, {"other.weight": torch.ones(2, 2)}, stem=variant)
+    merge(base, [STATE], tmp_path / "out")
+    hold_merged(tmp_path / "out", TENSORS, STATE)
+    (base / "model.safetensors").rename(base / "model.fp32.safetensors")
+    with refused(li.CheckpointError, "several", f"{variant}.safetensors"):
+        merge(base, [STATE], tmp_path / "no")
+
+
+def test_a_part_of_several_without_an_index_is_no_checkpoint(sharded: Path, tmp_path: Path) -> None:
+    """As a broken download leaves it."""
+    (sharded / "model.safetensors.index.json").unlink()
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with refused(li.CheckpointError, "'model-00001-of-00002.safetensors'", "1 of 2"):
+        merge(sharded, [STATE], tmp_path / "no")
+
+
 def test_links_are_followed_inside_the_folder_and_the_cache_of_the_hub_only(tmp_path) -> None:
     cache = tmp_path / "models--a--b"
     snapshot, outside = cache / "snapshots" / "0123", tmp_path / "outside"
@@ -118,14 +138,53 @@ def test_side_files_that_belong_come_along(sharded: Path, tmp_path: Path) -> Non
     others = ["pytorch_model.bin", "optimizer.pt", "model.gguf", ".git/HEAD", ".secret.json"]
     others += ["adapter_config.json", "adapter_model.safetensors", "trainer_state.json"]
     others += ["pytorch_model.bin.index.json", "flax_model.msgpack", "modeling_x.py"]
+    others += ["tokenizer.model.v3", "vocab.pkl", "a/b/c/d.json"]  # as Mistral ships the first
     for name in [*belong, *others]:
-        (sharded / name).parent.mkdir(exist_ok=True)
+        (sharded / name).parent.mkdir(exist_ok=True, parents=True)
         (sharded / name).write_text("{}")
-    merge(sharded, [STATE], tmp_path / "out")
+    report = merge(sharded, [STATE], tmp_path / "out")
     out = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
     assert belong - {"LICENSE"} <= out
     assert (tmp_path / "out" / "LICENSE").exists()
     assert not out & {*others}
+    (left,) = (note for note in report.notes if "left out" in note)
+    named = ["tokenizer.model.v3", "vocab.pkl", "a/b/c/", "trainer_state.json", "optimizer.pt"]
+    assert all(f"'{name}'" in left for name in named), left
+    assert not any(name in left for name in (".git", ".secret", "modeling_x.py")), left
+
+
+def test_of_a_folder_that_one_file_is_of_nothing_comes_along(tmp_path: Path) -> None:
+    """Its other files are about other things; nobody asked to publish them."""
+    base = save_checkpoint(tmp_path / "base", TENSORS, stem="x")
+    for name in ("secrets.json", "notes.txt"):
+        (base / name).write_text("{}")
+    merge(base / "x.safetensors", [STATE], tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["x.safetensors"]
+    (base / "config.json").write_text(json.dumps(LLAMA))
+    merge(base / "x.safetensors", [STATE], tmp_path / "with its config")
+    assert (tmp_path / "with its config" / "config.json").exists()
+    save_checkpoint(base, {"y": torch.zeros(2)}, stem="y")  # which the config may be of
+    merge(base / "x.safetensors", [STATE], tmp_path / "of several")
+    assert [path.name for path in (tmp_path / "of several").iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model", "x"])
+def test_a_merge_is_replaced_by_another_whatever_its_files_are_called(
+    stem: str, tmp_path: Path
+) -> None:
+    base = save_checkpoint(tmp_path / "base", TENSORS, stem=stem, config=LLAMA)
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text("{}")
+    for weight in (0.5, 1.0):
+        adapter = li.combine([STATE], [weight])
+        li.merge_checkpoint(base, [adapter], tmp_path / "out", overwrite=True)
+        hold_merged(tmp_path / "out", TENSORS, (STATE, weight))
+    for name in ("optimizer.pt", "1_Pooling/adapter_model.safetensors", ".git/"):
+        place = tmp_path / "out" / name
+        place.mkdir() if name.endswith("/") else place.write_text("weeks of work")
+        with refused(li.CheckpointError, f"'{name}'"):
+            li.merge_checkpoint(base, [STATE], tmp_path / "out", overwrite=True)
+        place.rmdir() if name.endswith("/") else place.unlink()
 
 
 # The reverse of merging ---------------------------------------------------------------------------
