@@ -6,6 +6,7 @@ References are dense float64 formulas written here, and finite differences.
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -311,6 +312,58 @@ def test_compute_float32_keeps_gradients_right_over_a_16_bit_base(kind: str, rou
         errors[compute] = max(error(t.grad, w.grad) for t, w in zip(leaves, twins, strict=True))
     assert errors["float32"] < 1e-6
     assert errors["base"] > 1e-4
+
+
+# How a stack `(3, 16, 16)` is used, each matrix for its own rows of x `(3, 4, 16)`.
+STACK_USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": lambda x, w: x @ w.mT,
+    "bmm": lambda x, w: torch.bmm(x, w.mT),
+    "bmm, the stack first": lambda x, w: torch.bmm(w, x.mT).mT,
+    "some of them": lambda x, w: x @ w[torch.arange(3)].mT,
+    "one by one": lambda x, w: torch.stack([F.linear(*both) for both in zip(x, w, strict=True)]),
+    "in groups": lambda x, w: torch._grouped_mm(
+        x.flatten(0, 1), w.mT, offs=torch.tensor([4, 8, 12], dtype=torch.int32)
+    ).view(3, 4, 16),
+}
+
+
+class Stack(nn.Module):
+    """A stack of zeros, whose product is the update alone."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(3, 16, 16, dtype=torch.bfloat16))
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.up)
+
+
+@pytest.mark.parametrize("share", [None, "A", "B"])
+@pytest.mark.parametrize("use", STACK_USES)
+def test_compute_float32_reaches_every_product_with_a_stack(use: str, share: str | None) -> None:
+    errors: dict[str, list[float]] = {}
+    for compute in ("base", "float32"):
+        torch.manual_seed(0)
+        rule = {"match": "up", "layout": "out_in", **({"share": share} if share else {})}
+        model = Stack(STACK_USES[use])
+        fill(li.inject(model, {"rank": 3, "alpha": 6, "compute": compute, "targets": [rule]}))
+        leaves = list(li.adapter_parameters(model).values())
+        x = torch.randn(3, 4, 16).bfloat16().requires_grad_()
+        wide, A, B = doubled([x, *leaves])
+        wanted = 2.0 * wide @ A.mT @ B.mT
+        with torch.no_grad():
+            y = model(x)
+        assert (y.dtype, same_bits(model(x), y)) == (torch.bfloat16, True)
+        g = torch.randn(3, 4, 16).bfloat16()
+        found = torch.autograd.grad(model(x), leaves, g)
+        due = torch.autograd.grad(wanted, [A, B], g.double())
+        # Half an eps of the value is the rounding of the output itself.
+        off = (y.double() / wanted.detach() - 1).abs().max() / torch.finfo(y.dtype).eps
+        errors[compute] = [float(off), *map(error, found, due)]
+    assert errors["float32"][0] < 0.51 < errors["base"][0]
+    assert max(errors["float32"][1:]) < 1e-6
+    assert min(errors["base"][1:]) > 1e-4
 
 
 @pytest.mark.parametrize("tokens", [1, 33])

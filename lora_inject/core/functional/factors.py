@@ -78,6 +78,13 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def cast_stack(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `cast(t, dtype)`; a matrix that a whole stack shares is cast once."""
+    if t.dim() == 3 and len(t) > 1 and t.stride(0) == 0:
+        return cast(t[:1], dtype).expand_as(t)
+    return cast(t, dtype)
+
+
 def as_matrix(t: Tensor) -> Tensor:
     """Return a tensor `(..., width)` as `(n, width)`, a view where it can be one."""
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])

@@ -14,6 +14,7 @@ tensor with the shape, dtype and graph of the effective weight, but without memo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -21,12 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_inject.core.functional.factors import Patch
+from lora_inject.core.functional.factors import (
+    Patch,
+    cast_stack,
+    compute_dtype,
+    without_autocast,
+)
 from lora_inject.core.functional.gain import Gain
-from lora_inject.core.functional.plain_operations import differentiate
+from lora_inject.core.functional.plain_operations import add_thin, differentiate
 from lora_inject.core.functional.torch_inside import is_watched
 from lora_inject.core.functional.unstored import DEVICE, PICKED, called, unstored, writes
-from lora_inject.core.functional.weight import LowRank, cast_stack, low_rank
+from lora_inject.core.functional.weight import LowRank, low_rank
 from lora_inject.errors import LayerError
 from lora_inject.private import look_up
 
@@ -99,7 +105,7 @@ class Read:
         self._used: Callable[[], None] | None = used
         self._looks = looks
         self._versions = self._versions_now()
-        self._matrices: dict[torch.dtype | None, list[LowRank]] = {}
+        self._matrices: dict[bool, list[LowRank]] = {}  # by whether factors stay wide
 
     def _versions_now(self) -> list[int]:
         return [0 if t.is_inference() else t._version for t in self.leaves]
@@ -143,17 +149,18 @@ class Read:
         base, terms, float32, _ = self.whole
         if not self.mode:
             return self.whole.at(index)
-        dtype = None if float32 or _is_autocast(base) else base.dtype
-        if dtype not in self._matrices:
-            cut = [
-                (_cut(cast_stack(left, dtype)), _cut(cast_stack(right, dtype)), s)
-                for left, right, s in terms
-            ]
-            self._matrices[dtype] = [
-                LowRank(one, tuple((left[i], right[i], s) for left, right, s in cut), float32)
+        wide = float32 or _is_autocast(base)
+        if wide not in self._matrices:
+
+            def cut(stack: Tensor) -> tuple[Tensor, ...]:
+                return _cut(stack if wide else cast_stack(stack, base.dtype))
+
+            each = [(cut(left), cut(right), s) for left, right, s in terms]
+            self._matrices[wide] = [
+                LowRank(one, tuple((left[i], right[i], s) for left, right, s in each), float32)
                 for i, one in enumerate(base.unbind())
             ]
-        return self._matrices[dtype][index]
+        return self._matrices[wide][index]
 
 
 class LazyWeight(Tensor):
@@ -505,24 +512,25 @@ def grouped_product(
     `multiply` is called as `torch._grouped_mm` is: x `(rows, m)`, sorted by group, a stack of
     matrices, and the end of each group. Rows behind the last are what it leaves there.
     """
+
+    def of_groups(rows: Tensor, factor: Tensor) -> Tensor:
+        is_one = len(factor) > 1 and factor.stride(0) == 0  # that all groups share
+        return torch.matmul(rows, factor[0]) if is_one else multiply(rows, factor, offs=offs)
+
     y = multiply(x, stack.base, offs=offs)
     for left, right, scale in stack.terms:
         # The kernels need rows of a multiple of 16 bytes, which a small rank does not give.
-        missing = -left.shape[-1] % max(1, 16 // y.element_size())
-        h = _factor_product(multiply, x, left, (0, missing), offs)
-        update = _factor_product(multiply, h, right, (0, 0, 0, missing), offs)
-        y = torch.add(y, update, alpha=scale)
+        itemsize = compute_dtype(y.dtype, stack.float32).itemsize
+        missing = -left.shape[-1] % max(1, 16 // itemsize)
+        factors = _padded(left, (0, missing)), _padded(right, (0, 0, 0, missing))
+        with without_autocast(y) or nullcontext():
+            y = add_thin(y, x, *factors, scale, float32=stack.float32, multiply=of_groups)
     return y
 
 
-def _factor_product(
-    multiply: Callable[..., Tensor],
-    x: Tensor,
-    stack: Tensor,
-    padding: tuple[int, ...],
-    offs: Tensor,
-) -> Tensor:
-    """Return the product with a factor of each group, or with the one that all groups share."""
+def _padded(stack: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """Return a stack with zeros at its end; a matrix that all share is padded once."""
+    if not any(padding):
+        return stack
     is_one = len(stack) > 1 and stack.stride(0) == 0
-    stack = F.pad(stack[:1] if is_one else stack, padding).to(x.dtype)
-    return torch.matmul(x, stack[0]) if is_one else multiply(x, stack, offs=offs)
+    return F.pad(stack[:1], padding).expand(len(stack), -1, -1) if is_one else F.pad(stack, padding)

@@ -41,7 +41,7 @@ def linear(
     updates: Sequence[Update],
     *,
     transposed: bool = False,
-    float32: bool = False,
+    float32: bool,
 ) -> Tensor:
     """Apply a frozen linear layer and its low-rank updates, as one step where nothing watches.
 
@@ -59,7 +59,7 @@ def linear(
     Examples:
         >>> W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
         >>> x = torch.randn(3, 4)
-        >>> y = linear(x, W, None, [Update(A, B, 0.5)])
+        >>> y = linear(x, W, None, [Update(A, B, 0.5)], float32=False)
         >>> torch.allclose(y, x @ (W + 0.5 * B @ A).T, atol=1e-5)
         True
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_inject.core.functional.factors import Patch, Update, without_autocast
 from lora_inject.core.functional.gain import Gain, norms_of
 from lora_inject.core.functional.linear import linear
-from lora_inject.core.functional.plain_operations import embedding, spread
+from lora_inject.core.functional.plain_operations import add_thin, embedding, spread
 from lora_inject.core.spec.sites import SiteSpec
 
 
@@ -28,7 +28,7 @@ class LowRank(NamedTuple):
     base: Tensor  # `(..., m, n)`
     # `(left, right, scale)` of each: `(..., m, R)` and `(..., R, n)`, in float32 or wider
     terms: tuple[tuple[Tensor, Tensor, float], ...]
-    float32: bool = False  # whether products keep their low-rank arithmetic in float32
+    float32: bool  # whether products keep their low-rank arithmetic in float32
     # the factor on the outputs of the sum, and whether these are its last axis
     gain: tuple[Gain, bool] | None = None
 
@@ -63,27 +63,18 @@ class LowRank(NamedTuple):
             weight = self.base if in_out else self.base.mT
             factors = self._factors()
             return linear(x, weight, bias, factors, transposed=in_out, float32=self.float32)
-        y = torch.matmul(x, self.base)
-        with without_autocast(y) or nullcontext():
-            x = x.to(y.dtype)
-            for left, right, scale in self.terms:
-                h, narrow = torch.matmul(x, left.to(y.dtype)), right.to(y.dtype)
-                if y.dim() == narrow.dim() == 3 and len(h) == len(narrow):
-                    y = torch.baddbmm(y, h, narrow, alpha=scale)
-                else:
-                    y = torch.add(y, torch.matmul(h, narrow), alpha=scale)
-        return y
+        return self._added(torch.matmul(x, self.base), x)
 
     def times(self, x: Tensor) -> Tensor:
         """Return `self @ x`; of a stack in this order, on which the bits of its base depend."""
         if self.base.dim() == 2:
             return self.turned().product(x.mT).mT.contiguous()
-        y = torch.matmul(self.base, x)
+        return self._added(torch.matmul(self.base, x), x, in_front=True)
+
+    def _added(self, y: Tensor, x: Tensor, *, in_front: bool = False) -> Tensor:
         with without_autocast(y) or nullcontext():
-            x = x.to(y.dtype)
             for left, right, scale in self.terms:
-                h = torch.matmul(right.to(y.dtype), x)
-                y = torch.baddbmm(y, left.to(y.dtype), h, alpha=scale)
+                y = add_thin(y, x, left, right, scale, float32=self.float32, in_front=in_front)
         return y
 
     def looked_up(self, ids: Tensor, padding_idx: int | None) -> Tensor:
@@ -102,7 +93,7 @@ def low_rank(weight: Tensor, patches: Sequence[Patch], gain: Gain | None = None)
     These are views of the weight, of every A and, where it has no slices, of every B.
     """
     if not patches:  # read as it is, and those who read are noted
-        return LowRank(weight, ())
+        return LowRank(weight, (), float32=False)
     spec = patches[0].spec
     lead: tuple[int, ...] = ()
     if spec.experts is not None:  # of which this process may hold a part
@@ -135,9 +126,3 @@ def of_every_expert(factor: Tensor, site: SiteSpec, n: int) -> Tensor:
     ):
         parts += [zeros[: number - before - 1], matrix]
     return torch.cat([*parts, zeros[numbers[-1] + 1 :]])
-
-
-def cast_stack(stack: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a stack in another dtype, one that all matrices share as views of one."""
-    is_one = len(stack) > 1 and stack.stride(0) == 0
-    return stack[:1].to(dtype).expand_as(stack) if is_one else stack.to(dtype)

@@ -46,11 +46,11 @@ def _on_numbers(candidates: Sequence[Candidate], sites: Sequence[SiteSpec]) -> I
         full = list(filter(_is_full, sites))
         yield f"A and B have more elements than W at {_several(full)}"
     pairs = zip(candidates, sites, strict=True)
-    read = (c for c, site in pairs if site.update == "weight" and site.compute == "base")
+    read = (c for c, site in pairs if site.update == "weight")
     if rounded := [c.dtype for c in read if c.dtype in ("bfloat16", "float16")]:
         yield (
-            f"{counted(len(rounded), 'weight update')} over {rounded[0]}: W + delta is rounded on "
-            "every read; compute: float32 keeps small deltas"
+            f"{counted(len(rounded), 'weight update')} over {rounded[0]}: where a read forms "
+            "W + delta, it is rounded, and a small delta lost in part; products keep it"
         )
 
 
