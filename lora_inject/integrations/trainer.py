@@ -28,7 +28,6 @@ from lora_inject.integrations.stand_ins import (
     folders_of,
     write_files,
 )
-from lora_inject.integrations.trl import SENT_MERGED
 
 _ASKED = "train with AdapterCheckpoint"
 
@@ -53,13 +52,15 @@ class AdapterCheckpoint:
             PEFT's files cannot express.
         unused: Patterns of sites that may be without use in the first step, such as those of a part
             that only later batches reach; see `save_adapter`.
+        sends_merged: For TRL with `use_vllm`: its trainer sends merged weights, as
+            docs/cookbook/trl-vllm.md makes it do.
 
     Raises:
         StateError: At the start of training: the model has no adapter, or none that trains, or is
-            merged, or parameters outside of
-            adapters train, which would not be saved, or TRL is to disable dropout and adapters have
-            one of their own. In the first step: a site of an adapter that trains is inert. At a
-            save: parameters outside of adapters have begun to train.
+            merged, or parameters outside of adapters train, which would not be saved, or TRL is to
+            disable dropout and adapters have one of their own, or to send vLLM weights without
+            the adapters. In the first step: a site of an adapter that trains is inert. At a save:
+            parameters outside of adapters have begun to train.
 
     Examples:
         >>> import tempfile, torch, lora_inject as li
@@ -80,8 +81,14 @@ class AdapterCheckpoint:
         ['checkpoint-1', 'checkpoint-2']
     """
 
-    def __init__(self, format: str = "peft", *, unused: Sequence[str] = ()) -> None:  # noqa: A002
-        self.format, self.unused = format, unused
+    def __init__(
+        self,
+        format: str = "peft",  # noqa: A002
+        *,
+        unused: Sequence[str] = (),
+        sends_merged: bool = False,
+    ) -> None:
+        self.format, self.unused, self.sends_merged = format, unused, sends_merged
         self._started = False
 
     def __getattr__(self, event: str) -> Any:
@@ -133,9 +140,9 @@ class AdapterCheckpoint:
             raise StateError(_ASKED, problem, remedy)
         folders_of(survey)
         check_live_inputs(survey, "train")
-        if getattr(args, "use_vllm", False) and unwrapped(model) not in SENT_MERGED:
+        if getattr(args, "use_vllm", False) and not self.sends_merged:
             problem = "use_vllm is set, and TRL would send vLLM the base without the adapters"
-            remedy = "Call lora_inject.sync_merged(trainer) before training"
+            remedy = "Send merged ones (docs/cookbook/trl-vllm.md) and pass sends_merged=True"
             raise StateError(_ASKED, problem, remedy)
         drops = [item.entry.spec.dropout for item in entries(survey) if item.entry.spec]
         if getattr(args, "disable_dropout", False) and any(drops):

@@ -1,7 +1,6 @@
-"""What TRL's trainers need of a model with adapters: a reference, and weights for vLLM.
+"""What TRL's trainers need of a model with adapters: a reference.
 
-TRL knows adapters by PEFT's class. For any other model it loads a second base as reference, and
-sends every parameter to vLLM as it is: of ours the plain base, and names that vLLM does not have.
+TRL knows adapters by PEFT's class. For any other model it loads a second base as reference.
 """
 
 from __future__ import annotations
@@ -10,79 +9,16 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
-from weakref import WeakSet
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.selection import Mix
-from lora_inject.core.layers.survey import evaluating, unwrapped
-from lora_inject.core.model.merge import merged_weights
-from lora_inject.core.roots.root import Injected, entries, root_of
+from lora_inject.core.layers.survey import evaluating
+from lora_inject.core.roots.root import root_of
 from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import StateError
-from lora_inject.formats.checkpoint_names import knows_names
-
-T = TypeVar("T")
-
-SENT_MERGED: WeakSet[nn.Module] = WeakSet()
-"""Models whose trainer sends merged weights."""
-
-
-def sync_merged(trainer: T, *, dequantize: str | None = None) -> T:
-    """Let a trainer of TRL that generates with vLLM send it the merged weights of its model.
-
-    For GRPO and others with `use_vllm=True`, colocated or with a server. Each synchronization folds
-    the active adapters, one tensor at a time, and writes nothing of the model. Tensors have the
-    names and shapes of the checkpoint on disk, as vLLM loads them: each expert by itself; those of
-    the model where transformers cannot tell them (before 5, or quantized). `AdapterCheckpoint`
-    refuses a run that lacks this call: vLLM would get the base, and names that it does not know.
-
-    Args:
-        trainer: The trainer, after it was made.
-        dequantize: For a quantized base: the dtype that vLLM serves; see `merged_weights`.
-
-    Returns:
-        The trainer.
-
-    Raises:
-        StateError: The trainer does not use vLLM, its model has no adapter, or TRL has changed. At
-            a synchronization: what `merged_weights` raises, or a tied tensor is adapted under one
-            of its names, which vLLM holds once.
-
-    Examples:
-        >>> sync_merged(object())  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        lora_inject.errors.StateError: sync_merged: the trainer does not generate with vLLM. ...
-    """
-    generation: Any = getattr(trainer, "vllm_generation", None)
-    if generation is None:
-        problem = "the trainer does not generate with vLLM"
-        raise StateError("sync_merged", problem, "Give one that was made with use_vllm=True")
-    if not callable(getattr(generation, "_iter_named_params", None)):
-        problem = "this version of TRL iterates over the weights in another way"
-        raise StateError("sync_merged", problem, "Use TRL 1.16, with which it was tested")
-    root_of(generation.model, "sync_merged")
-    generation._iter_named_params = lambda: _weights_for_vllm(generation.model, dequantize)
-    SENT_MERGED.add(unwrapped(generation.model))
-    return trainer
-
-
-def _weights_for_vllm(model: nn.Module, dequantize: str | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield merged weights under the first name of each, as `named_parameters` does."""
-    survey = Injected(model, "sync_merged")
-    again = {name for names in survey.tied.values() for name in names[1:]}
-    for item in entries(survey):
-        if item.entry.spec is not None and len(survey.sharing(item.weight)) > 1:
-            problem = "it is tied to another tensor, and vLLM would give both the same values"
-            remedy = "Leave the site out of the adapter, or untie the two"
-            raise StateError(f"sync_merged, {item.name!r}", problem, remedy)
-    names: Literal["model", "checkpoint"] = "checkpoint" if knows_names(model) else "model"
-    for name, tensor in merged_weights(model, dequantize=dequantize, names=names):
-        if name not in again:
-            yield name, tensor
 
 
 def reference(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits
+from helpers.documents import blocks
 from helpers.experts import experts
 from helpers.refusals import refused
 from helpers.training import CONFIG, as_peft, llama, llama_folder
@@ -211,6 +212,15 @@ class TrainerWithVllm:
         )
 
 
+def recipe() -> Any:
+    """What the cookbook's page of TRL with vLLM defines."""
+    page = Path(__file__).parents[2] / "docs" / "cookbook" / "trl-vllm.md"
+    names: dict[str, Any] = {}
+    exec(blocks(page.read_text(encoding="utf-8"))[0].text, names)
+    return names["send_merged"]
+
+
+@needs_transformers_5
 @pytest.mark.parametrize("mode", ["server", "colocate"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_vllm_gets_the_merged_weights_of_each_step(mode: str, tied: bool) -> None:
@@ -220,7 +230,7 @@ def test_vllm_gets_the_merged_weights_of_each_step(mode: str, tied: bool) -> Non
     made = TrainerWithVllm(fill(li.inject(model, CONFIG)), mode)
     made.vllm_generation.sync_weights()
     assert any("lora" in name for name in made.engine.received)  # what TRL does on its own
-    li.sync_merged(made)
+    recipe()(made)
     for step in (1, 2):
         fill(model)
         made.engine.received.clear()
@@ -238,7 +248,7 @@ def test_vllm_gets_experts_by_the_names_of_the_checkpoint(family: str, tmp_path:
     """vLLM's loaders know the files; transformers 5 holds experts in stacks of other names."""
     model, _ = experts(family)
     config = {"rank": 2, "targets": ["all-linear", "all-experts"]}
-    made = li.sync_merged(TrainerWithVllm(fill(li.inject(model, config)), "server"))
+    made = recipe()(TrainerWithVllm(fill(li.inject(model, config)), "server"))
     made.vllm_generation.sync_weights()
     li.merge(model, eject=True)
     model.save_pretrained(tmp_path)
@@ -251,16 +261,11 @@ def test_vllm_gets_experts_by_the_names_of_the_checkpoint(family: str, tmp_path:
 
 def test_what_vllm_would_misread_is_refused() -> None:
     model = llama(tie_word_embeddings=True)
-    with refused(li.StateError, "adapter"):
-        li.sync_merged(TrainerWithVllm(model, "server"))
-    with refused(li.StateError, "vLLM"):
-        li.sync_merged(SimpleNamespace(model=model))
     li.inject(model, {"rank": 2, "targets": ["lm_head"]})
-    made = TrainerWithVllm(model, "server")
-    args, callback = SimpleNamespace(use_vllm=True, disable_dropout=False), li.AdapterCheckpoint()
-    with refused(li.StateError, "sync_merged"):
-        callback.on_train_begin(args, None, None, model)  # else it would send the base
-    li.sync_merged(made)
-    callback.on_train_begin(args, None, None, model)
-    with refused(li.StateError, "'lm_head'"):
+    made = recipe()(TrainerWithVllm(model, "server"))
+    args = SimpleNamespace(use_vllm=True, disable_dropout=False)
+    with refused(li.StateError, "sends_merged"):  # else it would send the base
+        li.AdapterCheckpoint().on_train_begin(args, None, None, model)
+    li.AdapterCheckpoint(sends_merged=True).on_train_begin(args, None, None, model)
+    with pytest.raises(ValueError, match="lm_head"):
         made.vllm_generation.sync_weights()
