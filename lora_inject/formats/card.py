@@ -1,14 +1,12 @@
 """The model card of an adapter: README.md with the front matter that model hubs read.
 
-The card says what the adapter is, for which base and task, and how to load it with this package and
-PEFT. It states only what the adapter or its author states.
+It says what the adapter is, for which base, and how to load it; no more than the adapter or its
+author states.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -42,7 +40,6 @@ _TASKS = {
     "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
     "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
 }
-_FOLDER = "path/to/this/folder"
 _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -60,11 +57,10 @@ def model_card(
     readers find the adapter; by default a placeholder path. `proves` says that its file
     holds what it computes, see `save_adapter(probe=)`.
     """
-    base_model = facts.base_model
     tag, cls = _TASKS.get(facts.task_type or "", (None, None))
     front: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "lora-inject"]}
-    if base_model:
-        front |= {"base_model": base_model, "base_model_relation": "adapter"}
+    if facts.base_model:
+        front |= {"base_model": facts.base_model, "base_model_relation": "adapter"}
     if tag:
         front["pipeline_tag"] = tag
     if trained_on and _DATASET.fullmatch(trained_on):
@@ -73,63 +69,33 @@ def model_card(
     ranks = sorted({site.spec.rank for site in state.sites.values()})
     counts = f"{len(state.sites):,} sites, {n_parameters:,} parameters"
     counts += f", rank {', '.join(map(str, ranks))}" if ranks else ""
-    on = f" on {_inline(base_model)}" if base_model else ""
+    counts += f", {len(state.trained):,} tensors of the base in full" if state.trained else ""
+    on = f" on {_inline(facts.base_model)}" if facts.base_model else ""
     data = f" Trained on {_inline(trained_on)}." if trained_on else ""
-    numel = sum(tensor.numel() for tensor in state.trained.values())
-    trained = f"{len(state.trained):,} tensors of the base travel in full ({numel:,} values)."
+    notes = [f"{note[:1].upper()}{note[1:]}." for note in facts.notes]
+    if facts.idle:
+        named = ", ".join(map(_inline, facts.idle[:3])) + (", ..." if len(facts.idle) > 3 else "")
+        notes.append(f"No forward had used {len(facts.idle):,} of them when it was saved: {named}.")
+    base = f"{cls or 'YourModel'}.from_pretrained({facts.base_model or 'path/to/the/base'!r})"
+    place = repr(published_as or "path/to/this/folder")
+    use = [
+        *([f"from transformers import {cls}"] if cls else []),
+        "import lora_inject as li  # pip install lora-inject",
+        "",
+        f"model = {base}",
+        f"li.load_adapter(model, {place})  # with PEFT: PeftModel.from_pretrained(model, {place})",
+        *(["print(li.verify_loaded(model))  # as when it was saved"] if proves else []),
+    ]
     paragraphs = [
         f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
         "# LoRA adapter",
         f"{counts}{on}, written by lora-inject {__version__}.{data}",
-        trained if state.trained else "",
-        _idle(facts.idle),
-        *(f"{note[:1].upper()}{note[1:]}." for note in facts.notes),
-        "## Use",
-        *_commands(base_model, cls, published_as or _FOLDER),
-        _CHECKS if proves else "",
+        *notes,
+        "\n".join(["```python", *use, "```"]),
     ]
-    return "\n\n".join(filter(None, paragraphs)) + "\n"
-
-
-def _code(language: str, *lines: str) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
-
-
-_CHECKS = f"""\
-The file holds what the adapter computes for a few inputs. To see that a model, or a server, has it:
-
-```python
-print(li.verify_loaded(model))
-```
-
-```console
-lora-inject verify-served http://localhost:8000 {_FOLDER} --model adapter
-```"""
-
-
-def _commands(base_model: str | None, cls: str | None, path: str) -> Iterator[str]:
-    """Yield code that loads it here, and with PEFT."""
-    base, there = json.dumps(base_model or "path/to/the/base"), json.dumps(path)
-    load = [f"model = ...  # {base}"]
-    if cls:
-        load = [f"from transformers import {cls}", "", f"model = {cls}.from_pretrained({base})"]
-    source = (
-        "# lora_inject: pip install lora-inject; before its release, from a checkout: pip install ."
-    )
-    ours = f"li.load_adapter(model, {there})"
-    yield _code("python", source, "import lora_inject as li", *load, ours)
-    theirs = f"model = PeftModel.from_pretrained(model, {there})"
-    yield _code("python", "from peft import PeftModel", *load, theirs)
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _inline(text: str) -> str:
     """Return text as inline code of Markdown."""
     return "`" + text.replace("`", "'").replace("\n", " ") + "`"
-
-
-def _idle(names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    some = ", ".join(map(_inline, names[:3])) + (", ..." if len(names) > 3 else "")
-    problem = f"No forward of the model had used {len(names):,} of them when it was saved: {some}."
-    return f"{problem} An adapter that is never used changes nothing."
