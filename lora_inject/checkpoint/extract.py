@@ -1,8 +1,8 @@
 """The reverse of merging: the difference of two checkpoints as an adapter.
 
-The best adapter of a given rank is the delta's truncated SVD (Eckart and Young). Tensors are
-streamed. Tensors without a low-rank form (norms, biases) are stored in full on request, else
-listed.
+The best adapter of a given rank is the delta's truncated SVD (Eckart and Young). In memory are the
+delta of one tensor, in float32 or float64, and the adapter. Tensors without a low-rank form (norms,
+biases) are stored in full on request, else listed.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def extract_adapter(
     rank: int | None = None,
     energy: float | None = None,
     full: bool = False,
+    square: str | None = None,
     format: str = "peft",  # noqa: A002
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -105,6 +106,8 @@ def extract_adapter(
         energy: Share of each delta's sum of squares to keep, in (0, 1]; the rank follows.
         full: Store tensors in full that have fewer than two dimensions or another shape than the
             base's.
+        square: What a layer is whose weight is square, where no class says it: `linear`, `conv1d`
+            or `embedding`. Of the latter two the rows are the inputs.
         format: Format to write.
         overwrite: Replace an existing adapter.
         progress: Called with bytes done and bytes in all.
@@ -113,8 +116,8 @@ def extract_adapter(
         What the adapter holds of each tensor.
 
     Raises:
-        CheckpointError: Neither `rank` nor `energy` is given, one is out of its range, or the
-            tensor names differ.
+        CheckpointError: Neither `rank` nor `energy` is given, one is out of its range, the tensor
+            names differ, or nothing says what a square matrix is.
         FormatError: The format cannot express the adapter, or the output exists.
 
     Examples:
@@ -138,7 +141,11 @@ def extract_adapter(
     if energy is not None and not 0 < energy <= 1:
         remedy = "Give a number above 0, at most 1"
         raise CheckpointError(f"extract energy {energy}", "it is not a share", remedy)
-    extraction = _Extraction(Checkpoint.open(base), Checkpoint.open(tuned), rank, energy, full)
+    if square not in {None, *_SQUARE}:
+        remedy = f"Give {', '.join(map(repr, _SQUARE))}"
+        raise CheckpointError(f"extract, square {square!r}", "it is no such layer", remedy)
+    before, after = Checkpoint.open(base), Checkpoint.open(tuned)
+    extraction = _Extraction(before, after, rank, energy, full, square)
     extraction.check_names()
     results, opened, tensors = list[Extracted](), extraction.base, extraction.tuned.tensors
     for name in counting_bytes({name: entry.n_bytes for name, entry in tensors.items()}, progress):
@@ -171,6 +178,7 @@ class _Extraction:
     rank: int | None
     energy: float | None
     full: bool
+    square: str | None
 
     def __post_init__(self) -> None:
         self.of = BaseClass(self.base)
@@ -246,11 +254,12 @@ class _Extraction:
         return Extracted(after.name, "in full" if self.full else "left", relative)
 
     def _difference(self, after: TensorEntry, before: TensorEntry) -> tuple[Tensor, float]:
-        """Return the delta, float32, of the tensor's shape, and `|W|`."""
+        """Return the delta, of the tensor's shape and float32 (float64 for float64), and `|W|`."""
         n_cols, squares = matrix_of(after.shape)[1], 0.0
-        delta = torch.empty(after.n_elements // n_cols, n_cols, device="cpu")
+        wide = torch.float64 if "F64" in (after.dtype, before.dtype) else torch.float32
+        delta = torch.empty(after.n_elements // n_cols, n_cols, dtype=wide, device="cpu")
         for start, new, old in self._blocks(after, before, n_cols):
-            delta[start : start + len(new)] = new.to(torch.float32) - old.to(torch.float32)
+            delta[start : start + len(new)] = new.to(wide) - old.to(wide)
             squares += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
         return delta.view(after.shape), math.sqrt(squares)
 
@@ -267,7 +276,7 @@ class _Extraction:
         B = torch.stack([B for _, B in halves]).reshape(spec.b_shape)
         total = sum(part.total for part in parts)
         held = sum(part.energy * part.total for part in parts) / total if total else 1.0
-        return SiteState(spec, A, B), held
+        return SiteState(spec, A, B), min(held, 1.0)  # sums differ in their last digits
 
     def _further(self, name: str) -> list[str]:
         """Return the names of tied tensors that neither checkpoint holds apart."""
@@ -298,6 +307,9 @@ class _Extraction:
             kind, transposed = layer[0], layer[1].transposed
         elif weight.endswith(".weight") and not (known and of.module_of(weight)):
             kind = "conv" if len(shape) > 2 else "linear"  # as its name alone says
+            if len(shape) == 2 and shape[0] == shape[1]:
+                kind = self._square(weight)
+            transposed = kind in ("conv1d", "embedding")
         else:
             experts = shape[0] if len(shape) == 3 else None
             square = len(shape) > 2 and shape[-1] == shape[-2]  # whose shape says nothing
@@ -306,6 +318,18 @@ class _Extraction:
         if transposed:
             n_out, n_in = n_in, n_out
         return kind, Geometry(n_in, n_out, shape, transposed, experts)
+
+    def _square(self, weight: str) -> str:
+        """Return what the user says that a layer with a square weight is."""
+        if self.square is None:
+            problem = "it is square, and no class says which side is the input"
+            remedy = "Put the model's config.json beside the files, or say what such a layer is: "
+            said = f"square={_SQUARE[0]!r}, or {' or '.join(map(repr, _SQUARE[1:]))}"
+            raise CheckpointError(f"extract '{weight}'", problem, remedy + said)
+        return self.square
+
+
+_SQUARE = ("linear", "conv1d", "embedding")
 
 
 def _spec(weight: str, kind: str, lies: Geometry, rank: int) -> SiteSpec:

@@ -169,6 +169,12 @@ def extract(
     writing: options.Writing,
     keeping: options.Keeping,
     full: Annotated[bool, Option(help="Store other tensors in full: norms, biases.")] = False,
+    square: Annotated[
+        str | None,
+        Option(
+            help="What layers of square weights are, if no class says: linear, conv1d, embedding"
+        ),
+    ] = None,
     *,
     listing: options.ListOutput,
 ) -> None:
@@ -180,6 +186,7 @@ def extract(
             rank=keeping.rank,
             energy=keeping.energy,
             full=full,
+            square=square,
             format=writing.adapter_format,
             overwrite=writing.overwrite,
             progress=progress,

@@ -276,6 +276,40 @@ def test_every_kind_that_the_class_knows_comes_back(tmp_path: Path) -> None:
         assert torch.allclose(again[name], tensor, atol=1e-4), name
 
 
+SQUARE: dict[str, Callable[[], torch.nn.Module]] = {
+    "linear": lambda: torch.nn.Linear(8, 8, bias=False),
+    "conv1d": lambda: conv1d(8, 8),
+    "embedding": lambda: torch.nn.Embedding(8, 8),
+}
+
+
+@pytest.mark.parametrize("kind", SQUARE)
+def test_what_a_square_matrix_is_the_user_says_where_no_class_does(kind: str, tmp_path) -> None:
+    """A Conv1D was taken for a linear layer, and the adapter computed something else."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(SQUARE[kind]())
+    tensors = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    tuned = {**tensors, "0.weight": tensors["0.weight"] + torch.randn(8, 8)}
+    places = [save_checkpoint(tmp_path / n, t) for n, t in (("base", tensors), ("tuned", tuned))]
+    with refused(li.CheckpointError, "'0.weight'", "square='linear'", "config.json"):
+        li.extract_adapter(*places, tmp_path / "a", rank=8)
+    with refused(li.CheckpointError, "square", "'linaer'", "'linear'"):
+        li.extract_adapter(*places, tmp_path / "a", rank=8, square="linaer")
+    report = li.extract_adapter(*places, tmp_path / "a", rank=8, square=kind)
+    assert all(t.energy is None or t.energy <= 1 for t in report.tensors)
+    found = dict(li.merged_weights(li.load_adapter(net, tmp_path / "a")))["0.weight"]
+    torch.testing.assert_close(found, tuned["0.weight"], rtol=0, atol=1e-5)
+
+
+def test_a_small_difference_of_float64_is_no_rounding(tmp_path: Path) -> None:
+    W = torch.randn(6, 4, dtype=torch.float64)
+    delta = 1e-9 * torch.outer(torch.arange(1.0, 7.0), torch.ones(4)).double()
+    base = save_checkpoint(tmp_path / "base", {"q.weight": W})
+    tuned = save_checkpoint(tmp_path / "tuned", {"q.weight": W + delta})
+    back, _ = extracted(tmp_path, base, tuned, rank=1)
+    assert error(effect(back.sites["q"]), delta) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_extracted_adapter_knows_its_base(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = llama_tensors(dtype=dtype)
