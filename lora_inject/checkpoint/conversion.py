@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.checkpoint.base_class import BaseClass
-from lora_inject.checkpoint.index import Checkpoint, read_config
+from lora_inject.checkpoint.index import Checkpoint, has_weights, read_config
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.atomic import check_free
@@ -83,13 +83,9 @@ def class_of(base: str | os.PathLike[str]) -> BaseClass:
     """Return the class of a base, by its files; its config.json is enough for some formats."""
     base = user_path("read a base", base, CheckpointError)
     config = read_config(base)
-    try:
-        checkpoint = Checkpoint.open(base)
-    except CheckpointError:
-        if not config:
-            raise
-        checkpoint = Checkpoint(base, {}, None, None, config)
-    return BaseClass(checkpoint)
+    if config and not has_weights(base):
+        return BaseClass(Checkpoint(base, {}, None, None, config))
+    return BaseClass(Checkpoint.open(base))
 
 
 def _check_in_base(state: AdapterState, of: BaseClass, facts: ModelFacts) -> None:

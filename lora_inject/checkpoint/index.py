@@ -194,6 +194,15 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
     raise CheckpointError(asked, "it holds no .safetensors weights", remedy)
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder has weights by an index, as `model`, or in its only file.
+
+    Beside a config alone several adapters may lie.
+    """
+    files = _visible(folder, "*.safetensors")
+    return len(files) == 1 or "model.safetensors" in files or any(folder.glob("*" + INDEX_SUFFIX))
+
+
 def _visible(folder: Path, pattern: str) -> list[str]:
     """Return the names in a folder that match, but hidden ones."""
     return sorted(path.name for path in folder.glob(pattern) if path.name[0] != ".")

@@ -154,8 +154,8 @@ class MergeOptions:
         requantize: Quantize merged weights of a quantized base again, in their own format.
         any_base: Merge although the adapter's fingerprint says that it was made on another base.
         workers: Threads that compute; None: one for each core, at most four.
-        rename: Beginnings of the adapters' names to beginnings of the base's names, if they differ
-            and the base's class does not say so.
+        rename: Beginnings of the adapters' names to what they begin with in the base, where they
+            differ and the base's class does not say so.
         tie: Name of a tensor that the base's files lack to the stored tensor that it equals; empty
             if nothing is tied. None asks the base's class if an update may concern a tie.
     """

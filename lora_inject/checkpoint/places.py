@@ -1,6 +1,6 @@
 """The place of every tensor of an adapter in a checkpoint.
 
-1. A name is renamed as the user says; or it is one of the files; or the class of the base says what
+1. A name begins as the user says; then it is one of the files; or the class of the base says what
    the files call it.
 2. The rows of a tensor are those of the update's matrix; of a stack of experts those of each
    expert, in one tensor or in many.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -32,6 +32,7 @@ from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, base_differences, same_values
 from lora_inject.core.adapter.reshape import matrices_of
 from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.functional.factors import Patch
@@ -138,10 +139,10 @@ class Places:
 
     def rule(self, name: str) -> str:
         """Return the files' name of a tensor that the adapter names."""
-        if self.options.rename:
-            beginnings = [old for old in self.options.rename if name.startswith(old)]
-            old = max(beginnings, key=len, default=None)
-            return name if old is None else self.options.rename[old] + name[len(old) :]
+        beginnings = [old for old in self.options.rename if name.startswith(old)]
+        if beginnings:
+            old = max(beginnings, key=len)
+            name = self.options.rename[old] + name[len(old) :]
         if name in self.checkpoint.tensors or name in (self.options.tie or ()) or not self.of.known:
             return name
         try:
@@ -374,6 +375,29 @@ class Places:
             if _may_be_wrong(spec) and shown != stated and shown == stated[::-1]:
                 return spec.name
         return None
+
+
+def check_rename(adapters: Iterable[AdapterState], rename: Iterable[str]) -> None:
+    """Refuse a beginning that no name of the adapters has.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    names = {name for state in adapters for name in _names_of(state)}
+    for old in rename:
+        if not any(name.startswith(old) for name in names):
+            near = ", ".join(map(repr, nearest(old, names))) or "none"
+            problem = f"no name of the adapters begins with '{old}'"
+            raise CheckpointError(f"rename '{old}'", problem, f"Nearest names: {near}")
+
+
+def _names_of(state: AdapterState) -> Iterator[str]:
+    """Yield every name under which an adapter has a tensor of the base."""
+    for site in state.sites.values():
+        weight = _plain(site.spec)
+        yield weight
+        yield from (alias + weight.removeprefix(site.spec.name) for alias in site.spec.aliases)
+    yield from (*state.trained, *state.base_copies, *state.rows)
 
 
 def _lying(site: SiteState, transposed: bool) -> SiteState:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import fill, same_bits
 from helpers.merging import (
     LLAMA,
@@ -24,6 +25,7 @@ from helpers.merging import (
     same_tensors,
     save_checkpoint,
 )
+from helpers.models import tiny
 from helpers.modules import tree
 from helpers.refusals import refused
 from helpers.states import (
@@ -589,8 +591,27 @@ def test_names_are_read_as_told(tmp_path: Path, case: str) -> None:
     other = li.algebra.rename(state, rename)
     with refused(li.CheckpointError, "--rename OLD=NEW"):
         merge(base, [other], tmp_path / "out")
+    with refused(li.CheckpointError, "'modle.'", "no name of the adapters"):
+        merge(base, [other], tmp_path / "out", rename={**told, "modle.": "model."})
     merge(base, [other], tmp_path / "out", rename=told)
     hold_merged(tmp_path / "out", tensors, state)
+
+
+def test_what_no_rename_is_about_has_the_name_that_the_class_says(tmp_path: Path) -> None:
+    """GPT-2's first files lack the prefix that its class has today."""
+    model = tiny(transformers.GPT2LMHeadModel)
+    model.save_pretrained(tmp_path / "saved")
+    tensors = load_checkpoint(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    base = save_checkpoint(tmp_path / "base", old, config=config)
+    n_out, n_in = old["h.0.attn.c_attn.weight"].T.shape
+    sites = [Site(f"{n}.attn.c_attn", lambda: conv1d(n_in, n_out), n_out)
+             for n in ("transformer.h.0", "first")]  # fmt: skip
+    merge(base, [state_of(*sites)], tmp_path / "out", rename={"first": "h.1"})
+    found = load_checkpoint(tmp_path / "out")
+    moved = {name for name in old if not torch.equal(found[name], old[name])}
+    assert moved == {"h.0.attn.c_attn.weight", "h.1.attn.c_attn.weight"}
 
 
 def test_what_has_no_place_is_named_with_the_nearest_names(tmp_path: Path) -> None:

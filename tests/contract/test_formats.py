@@ -260,6 +260,10 @@ def test_an_adapter_of_another_base_is_not_converted_for_this_one(name: str, tmp
         path = li.write_adapter(state, path, name, **CASES[name].write)
         li.convert(path, tmp_path / out, "portable", base=tmp_path)
 
+    (tmp_path / "model.safetensors").write_bytes(b"garbage")
+    with refused(li.CheckpointError, "model.safetensors"):
+        converted("model.layers.1.self_attn.q_proj", "none")
+    (tmp_path / "model.safetensors").unlink()
     converted("model.layers.1.self_attn.q_proj", "own")
     converted("layers.1.self_attn.q_proj", "bare")  # of LlamaModel, the same layer
     with refused(li.FormatError, "convert", "'layers.7.self_attn.q_proj'", "lora-inject rename"):
