@@ -5,7 +5,7 @@ An adapter that is injected becomes the only one that is active and trains; thos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -124,6 +124,45 @@ class Run:
         self.forget_gradient()
         for parameter in self.parameters:
             parameter.requires_grad_(False)
+
+    def undo(self) -> Callable[[], None]:
+        """Return what puts all but values back. Gradients are kept, not copied."""
+        kept = {key: getattr(self, key) for key in KEPT}
+        n_losses, grads = len(self.losses), [(p, p.grad, p.requires_grad) for p in self.parameters]
+
+        def put_back() -> None:
+            for key, value in kept.items():
+                setattr(self, key, value)
+            del self.losses[n_losses:]
+            for parameter, grad, trains in grads:
+                parameter.requires_grad_(trains).grad = grad
+
+        return put_back
+
+    def undo_values(self) -> Callable[[], None]:
+        """Return what puts back all that a step changes in place, from one copy of each dtype."""
+        state = self.optimizer.state
+        known = [*state]
+        changed = [*self.parameters, *(t for held in state.values() for t in held.values())]
+        if self.trial.clip is not None:
+            changed += [p.grad for p in self.parameters if p.grad is not None]
+        alike: dict[Any, list[Tensor]] = {}
+        for tensor in changed:
+            alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+        copies = [(each, torch.cat([t.flatten() for t in each])) for each in alike.values()]
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+
+        def put_back() -> None:
+            for each, copy in copies:
+                parts = torch.split(copy, [t.numel() for t in each])
+                for tensor, part in zip(each, parts, strict=True):
+                    tensor.copy_(part.view_as(tensor))
+            for parameter in state.keys() - known:
+                del state[parameter]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+        return put_back
 
     def to_row(self, name: str) -> tuple[str, str, str, str, str, str]:
         """Return a line of the table."""

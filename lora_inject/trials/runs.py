@@ -11,6 +11,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import wraps
 from itertools import starmap
 from numbers import Real
@@ -219,8 +220,10 @@ class Trials:
             StateError: A batch is missing or does not fit, or the forward returns a mean over the
                 rows.
         """
-        losses = self._add_gradients(self._by_trial(batch), forward, loss)
-        self._update([name for name in losses if not self._runs[name].stopped], None)
+        with ExitStack() as undo:
+            losses = self._add_gradients(self._by_trial(batch), forward, loss, undo)
+            self._update([n for n in losses if not self._runs[n].stopped], None, undo)
+            undo.pop_all()
         return losses
 
     @_one_at_a_time
@@ -248,7 +251,10 @@ class Trials:
         asked = "forward_backward"
         check_type(asked, batches, Mapping, "Give a dict from names to batches")
         self._check_running(batches, asked)
-        return self._add_gradients(in_one_order(batches), forward, loss)
+        with ExitStack() as undo:
+            losses = self._add_gradients(in_one_order(batches), forward, loss, undo)
+            undo.pop_all()
+        return losses
 
     @_one_at_a_time
     def optimizer_step(
@@ -282,29 +288,34 @@ class Trials:
                 problem = "it has no gradient since its last step"
                 raise StateError(f"{asked} {name!r}", problem, "Call forward_backward first")
         self._check_unchanged(listed)
-        return self._update(listed, lr)
+        with ExitStack() as undo:
+            norms = self._update(listed, lr, undo)
+            undo.pop_all()
+        return norms
 
     def _add_gradients(
-        self, batches: Mapping[str, Any], forward: Forward | None, loss: Losses | None
+        self,
+        batches: Mapping[str, Any],
+        forward: Forward | None,
+        loss: Losses | None,
+        undo: ExitStack,
     ) -> dict[str, float]:
         """Add to the gradients of some trials, and stop those without a finite loss.
 
-        Whatever raises leaves all gradients as they were.
+        What is put on `undo` leaves all as it was.
         """
         self._check_unchanged(batches)
         call, of_trial = forward or plain_forward(self.model), self._losses(batches, loss)
-        before = [(p, p.grad) for name in batches for p in self._runs[name].parameters]
-        try:
-            for name in batches:
-                self._runs[name].forget_gradient()
-            values = self._gradients(batches, call, of_trial)
-        except BaseException:
-            for parameter, grad in before:
-                parameter.grad = grad
-            raise
+        runs = [self._runs[name] for name in batches]
+        for run in runs:
+            undo.callback(run.undo())
+        before = [(p, p.grad) for run in runs for p in run.parameters]
+        for run in runs:
+            run.forget_gradient()
+        values = self._gradients(batches, call, of_trial)
         for parameter, grad in before:
             if grad is not None:
-                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         for name, value in values.items():
             run = self._runs[name]
             run.pending, run.n_passes = (run.pending or 0.0) + value, run.n_passes + 1
@@ -362,13 +373,19 @@ class Trials:
 
         return of_trial
 
-    def _update(self, names: Iterable[str], lr: float | None) -> dict[str, float]:
-        """Step some trials, and stop those without a finite gradient."""
+    def _update(self, names: Iterable[str], lr: float | None, undo: ExitStack) -> dict[str, float]:
+        """Step some trials, and stop those without a finite gradient.
+
+        What is put on `undo` leaves all as it was: it holds their values and AdamW's state.
+        """
         runs = {name: self._runs[name] for name in names}
         if not runs:
             return {}
         each = {name: run.norm() for name, run in runs.items()}
         norms = dict(zip(runs, _numbers(each.values()), strict=True))
+        for run in runs.values():
+            undo.callback(run.undo())
+            undo.callback(run.undo_values())
         for name, run in runs.items():
             if math.isfinite(norms[name]):
                 run.step(each[name], lr)

@@ -180,3 +180,85 @@ def test_an_interrupt_at_any_line_of_a_context_leaves_nothing_behind(context: An
                 _traced(run, (line, time))
             assert torch.equal(model(x), wanted), f"interrupted at {line}"
     li.eject(model)  # which an open context would refuse
+
+
+TRIALS = {
+    "clipped": li.Trial({"rank": 1, "targets": ["0"]}, lr=1e-2, clip=1e-3),
+    "plain": li.Trial({"rank": 2, "targets": [r"\d"]}, lr=1e-2, weight_decay=0.1),
+    "diverged": li.Trial({"rank": 1, "targets": ["0"]}, lr=1e-2),
+}
+X = torch.ones(2, 4)
+
+
+def _trials() -> li.Trials:
+    """Some trials after a step, with gradients of two that no other step has taken."""
+    torch.manual_seed(0)
+    trials = li.Trials(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double().eval(), TRIALS)
+    _step(trials)
+    for name in ("clipped", "plain"):
+        trials.forward_backward({name: X.double()}, loss=lambda out, _: out.square().mean())
+    return trials
+
+
+def _step(trials: li.Trials) -> None:
+    def loss(out: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        return out.square().mean() * batch[0, 0]
+
+    batch = X.double()
+    nan = batch * torch.nan if trials.n_steps["plain"] else batch
+    trials.step({n: nan if n == "diverged" else batch for n in trials.running}, loss=loss)
+
+
+def _both(trials: li.Trials) -> None:
+    trials.optimizer_step(["clipped", "plain"])
+
+
+@pytest.mark.parametrize("act", [_step, _both])
+def test_an_interrupt_at_any_line_of_a_step_leaves_all_trials_stepped_or_none(
+    act: Callable[[li.Trials], None], tmp_path: Path
+) -> None:
+    """Some were stepped, and the gradient of the others was added to that of the next batch."""
+
+    def held(trials: li.Trials) -> tuple[bytes, list[bool]]:
+        trains = [p.requires_grad for p in trials.model.parameters()]
+        return trials.save(tmp_path / "trials.pt").read_bytes(), trains
+
+    before = held(_trials())
+    done = _trials()
+    lines = _traced(lambda: act(done))
+    after = held(done)
+    assert len(lines) > 50
+    trials = None
+    for line, times in lines.items():
+        trials = trials or _trials()
+        with suppress(Interrupted):
+            _traced(lambda: act(trials), (line, times // 2 + 1))  # noqa: B023 - runs at once
+        now = held(trials)
+        if now != before:
+            assert now == after, f"interrupted at {line}"
+            trials = None
+
+
+@pytest.mark.parametrize("act", [_step, _both])
+def test_a_step_for_which_one_trial_has_no_memory_is_none(
+    act: Callable[[li.Trials], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials, unhurt = _trials(), _trials()
+    step, n_calls = torch.optim.AdamW.step, []
+
+    def without_memory(optimizer: torch.optim.AdamW) -> Any:
+        n_calls.append(optimizer)
+        if len(n_calls) == 2:
+            raise torch.OutOfMemoryError
+        return step(optimizer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", without_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            act(trials)
+    assert len(n_calls) == 2
+    for each in (trials, unhurt):
+        act(each)
+    assert repr(trials.losses) == repr(unhurt.losses)  # one of them is NaN
+    for one, other in zip(trials.model.parameters(), unhurt.model.parameters(), strict=True):
+        assert torch.equal(one, other)
