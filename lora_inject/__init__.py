@@ -8,6 +8,7 @@ checkers read, is the list of the names; editors list what has no underscore.
 
 import ast as _ast
 import importlib as _importlib
+from importlib.util import find_spec as _find_spec
 from pathlib import Path as _Path
 from types import ModuleType as _ModuleType
 
@@ -27,11 +28,20 @@ def _module(name: str) -> _ModuleType:
     return _importlib.import_module(f"{__name__}.{name}")
 
 
+def _names_in(module: str) -> list[str]:
+    """Return the names that a module lists, read off its source: to import it takes seconds."""
+    [spec] = filter(None, [_find_spec(f"{__name__}.{module}")])
+    tree = _ast.parse(_Path(str(spec.origin)).read_text(encoding="utf-8"))
+    assigned = [node for node in tree.body if isinstance(node, _ast.Assign)]
+    [listed] = [node.value for node in assigned if _ast.unparse(node.targets[0]) == "__all__"]
+    return [f"{module}.{name}" for name in _ast.literal_eval(listed)]
+
+
 def __getattr__(name: str) -> object:
     """Import the file that a public name comes from when it is first asked for (PEP 562)."""
     if name not in _HOMES:
-        modules = {m: _module(m).__all__ for m in _MODULES} if name[0] != "_" else {}
-        public = [*_HOMES, *(f"{m}.{inner}" for m, names in modules.items() for inner in names)]
+        modules = [] if name.startswith("_") else _MODULES
+        public = [*_HOMES, *(inner for module in modules for inner in _names_in(module))]
         raise _module("integrations.peft_names").lacking(name, public)
     if name in _MODULES:  # its import sets it here
         return _module(name)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.errors import CheckpointError, check_list, user_path, within
+from lora_inject.errors import CheckpointError, check_list, check_type, user_path, within
 from lora_inject.formats.exchange import read_adapter
 
 
@@ -121,10 +122,10 @@ def _updates(state: AdapterState) -> AdapterState:
 
 
 def _check_values(adapter: WeightedAdapter) -> None:
-    asked = f"merge {adapter.label}"
+    asked, remedy = f"merge {adapter.label}", "Give a finite weight other than zero"
+    check_type(f"{asked}, weight", adapter.weight, Real, remedy, CheckpointError)
     if not math.isfinite(adapter.weight) or adapter.weight == 0:
-        problem, remedy = f"its weight is {adapter.weight}", "Give a finite weight other than zero"
-        raise CheckpointError(asked, problem, remedy)
+        raise CheckpointError(asked, f"its weight is {adapter.weight}", remedy)
     if not (adapter.state.sites or adapter.state.trained):
         remedy = "It is not a trained adapter; check the path"
         raise CheckpointError(asked, "it holds no tensors", remedy)
@@ -182,10 +183,12 @@ class MergeOptions:
         if self.requantize and self.dequantize is not None:
             problem = "both dequantize and requantize are given"
             raise CheckpointError("merge", problem, "Choose one of them")
-        if self.min_kept is not None and not 0 <= self.min_kept <= 1:
+        if self.min_kept is not None:
             asked = f"keep at least {self.min_kept} of every delta"
             remedy = "Give a number from 0 to 1, such as 0.98"
-            raise CheckpointError(asked, "it is not a share", remedy)
+            check_type(asked, self.min_kept, Real, remedy, CheckpointError)
+            if not 0 <= self.min_kept <= 1:
+                raise CheckpointError(asked, "it is not a share", remedy)
         if self.workers is not None and self.workers < 1:
             raise CheckpointError(f"{self.workers} workers", "it is below 1", "Give 1 or more")
 

@@ -24,7 +24,8 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 
 def _is_number(value: Any, above: float = -1.0) -> bool:
     """Whether a value is a finite number from 0, and more than `above`."""
-    return isinstance(value, Real) and 0 <= float(value) < math.inf and float(value) > above
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and 0 <= float(value) < math.inf and float(value) > above
 
 
 def _are_betas(values: tuple[Any, ...]) -> bool:

@@ -137,6 +137,14 @@ VALUES: list[tuple[Callable[[], Any], list[str]]] = [
     (lambda: li.Config(targets=["a{99999999999}"]), ["config (targets[0])", "'a{99999999999}'"]),
     (lambda: li.Config.from_dict({1: 2}), ["config ([1])", "Keys should be strings"]),
     (lambda: li.Config.coerce(3), ["config", "int", "YAML"]),
+    (lambda: li.Config.from_yaml(5), ["int", "path"]),  # type: ignore[arg-type]
+    (lambda: li.Config.from_yaml(None), ["None", "path"]),  # type: ignore[arg-type]
+    *(
+        (lambda text=text: li.Config.coerce(text), ["text where a path", "from_text"])
+        for text in ("{rank: 4, targets: [q]}", f"{{rank: 4, targets: [{'q, ' * 99}]}}")
+    ),
+    (lambda: li.Config.from_yaml("q" * 300), ["qqq", "no such file"]),
+    (lambda: li.Config(targets={"q"}), ["(targets)", "{'q'}", "[q]"]),  # type: ignore[arg-type]
     (lambda: li.Config.coerce("rank: 1\n"), ["config", "YAML text", "path"]),
     (lambda: li.Config.from_yaml("a\0b"), [r"'a\x00b'", "zero byte"]),
     (lambda: li.Config.from_text(""), ["<config>", "empty", "targets:"]),

@@ -27,6 +27,12 @@ CALLS: list[tuple[Callable[[Any, Any], Any], list[str]]] = [
         (lambda m, s, n=n: li.routed(m, ["default", None], repeat=n), ["repeat"])
         for n in ("2", 2.0, None, 0)
     ),
+    (lambda m, s: li.activate(m, {"default": True}), ["'default'", "bool", "number"]),
+    (lambda m, s: li.routed(m, [{"default": True}, None]), ["'default'", "bool", "number"]),
+    (lambda m, s: li.Trial(Q, lr=True), ["lr", "True"]),
+    (lambda m, s: li.classes.MergeOptions(min_kept=True), ["True", "bool", "0.98"]),
+    (lambda m, s: li.combine([s], [True]), ["weight", "bool"]),
+    (lambda m, s: li.merge(m, min_kept=True), ["min_kept", "bool"]),
     (lambda m, s: li.merge(m, name=3), ["merge, name", "int"]),
     (lambda m, s: li.algebra.subset(s, "("), ["'('", "regex"]),
     (lambda m, s: li.algebra.split(s, "1", {"a": -1, "b": 7}), ["'a'", "-1"]),

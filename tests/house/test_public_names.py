@@ -59,6 +59,7 @@ li.eject(model)
 """
     steps = (
         ("import lora_inject; lora_inject.Config", set()),
+        ("import lora_inject; hasattr(lora_inject, 'x'), hasattr(lora_inject, '')", set()),
         (["--help"], set()),
         ("import lora_inject.checkpoint", {"torch"}),
         (["schema"], set()),

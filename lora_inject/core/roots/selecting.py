@@ -74,9 +74,10 @@ def weights_of(which: str | Mapping[str, float] | None, verb: str) -> dict[str, 
         return {} if which is None else {which: 1.0}
     check_type(verb, which, Mapping, "Give a name, a mapping of names to weights, or None")
     for name, weight in which.items():
-        asked = f"{verb} {name!r}"
-        if not isinstance(weight, Real) or not abs(weight) <= 1e38:  # what float32 can hold
-            raise StateError(asked, f"its weight is {weight!r}", "Give a number below 1e38")
+        asked, remedy = f"{verb}, the weight of {name!r}", "Give a number below 1e38"
+        check_type(asked, weight, Real, remedy)
+        if not abs(weight) <= 1e38:  # what float32 can hold
+            raise StateError(asked, f"it is {weight!r}", remedy)
     return {name: float(weight) for name, weight in which.items()}
 
 

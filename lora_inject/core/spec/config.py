@@ -5,6 +5,7 @@ pydantic checks it, and each error is told at its line and column (`spec.reading
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from os import PathLike
@@ -26,7 +27,7 @@ from lora_inject.core.spec.patterns import INDEX, checked_regex, layer_range
 from lora_inject.core.spec.reading import Strict, YamlModel, written
 from lora_inject.core.spec.tables import Shown
 from lora_inject.core.spec.variants import VARIANTS
-from lora_inject.errors import ConfigError
+from lora_inject.errors import ConfigError, user_path
 
 ALL_LINEAR = "all-linear"
 ALL_EXPERTS = "all-experts"
@@ -65,7 +66,9 @@ def _check_variant(name: str) -> str:
 
 def _read_list(value: object) -> tuple[object, ...]:
     if not isinstance(value, (list, tuple)):  # a set has no order
-        raise ValueError(f"{show(value)} is not a list", f"Write a list: [{value}]")  # noqa: TRY004
+        inside = sorted(map(str, value)) if isinstance(value, (set, frozenset)) else [str(value)]
+        remedy = f"Write a list: [{', '.join(inside)}]"
+        raise ValueError(f"{show(value)} is not a list", remedy)  # noqa: TRY004 - as pydantic wants
     return tuple(value)
 
 
@@ -363,14 +366,14 @@ class Config(Shown, YamlModel):
             ConfigError: The file cannot be read, is not safe YAML, or is not valid; the message
                 gives `FILE:LINE:COLUMN (key)`.
         """
-        is_file = Path(path).exists() and not Path(path).is_dir()  # but a model's folder
-        is_name = str(path).isidentifier() and not is_file
-        family = CONFIGS / f"{path}.yaml"
-        if is_name and not family.exists():
-            there = [each.stem for each in sorted(CONFIGS.glob("*.yaml"))]
+        there = user_path("read a config", path, ConfigError, "Give the path of a YAML file")
+        families = {each.stem: each for each in sorted(CONFIGS.glob("*.yaml"))}
+        # A model's folder may have the name of its family; Path raises if a name is too long.
+        is_name = str(path).isidentifier() and not os.path.isfile(there)  # noqa: PTH113
+        if is_name and str(path) not in families:
             problem = "there is no such file, and no family of models of this name in the package"
-            raise ConfigError(show(str(path)), problem, meant(str(path), there))
-        return super().from_yaml(family if is_name else path)
+            raise ConfigError(show(str(path)), problem, meant(str(path), families))
+        return super().from_yaml(families[str(path)] if is_name else path)
 
     def to_yaml(self) -> str:
         """Return the config as YAML, from which `from_text` makes an equal one."""

@@ -125,7 +125,7 @@ class YamlModel(Strict):
             return cls.from_dict(value)
         name = cls.__name__
         check_type(name.lower(), value, (str, PathLike), f"Give {cls.forms}", ConfigError)
-        if isinstance(value, str) and "\n" in value:
+        if isinstance(value, str) and re.search(r"\n|^ *\{.*: .*\} *$", value):
             remedy = f"Use {name}.from_text for text; a str is the path of a file"
             raise ConfigError(name.lower(), "YAML text where a path is meant", remedy)
         return cls.from_yaml(value)
