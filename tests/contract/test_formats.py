@@ -492,6 +492,10 @@ CONTRADICTIONS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "a form that is none": (with_part("sites", lambda s: s["h.0.fc"].__setitem__(1, 99)), ["99"]),
     "a field twice": (with_part("kinds", lambda k: k[0].update(name="a")), ["name"]),
     "an unknown variant": (with_part("kinds", lambda k: k[0].update(variant="new")), ["'new'"]),
+    "an unknown init": (with_part("kinds", lambda k: k[0].update(init="eva")), ["init", "'eva'"]),
+    "an init that has no number": (
+        with_part("kinds", lambda k: k[0].update(init=["pissa", 1.0])), ["init", "'pissa'"],
+    ),
     "a tensor less": (without("ln.weight"), ["ln.weight"]),
     "a tensor more": (lambda t, said: t.update(stray=torch.ones(1)), ["stray"]),
     "a field without end": (

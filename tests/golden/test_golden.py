@@ -9,6 +9,7 @@ and to the dense reference in float64 of the tensors in the file.
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.core.adapter import native
+from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.spec.sites import SiteSpec, Slices
 
 EXACT = 1e-5  # float32 on any processor; what is lost or misread changes outputs by a hundredth
 Unpack = Callable[..., Path]
@@ -55,6 +59,32 @@ def with_base(model: nn.Module, path: Path) -> Any:
 
 def expected_output(path: Path) -> Tensor:
     return load_file(path / "expected.safetensors")["output"]
+
+
+# Of a site with all defaults, what else each field may be that files state.
+OTHERWISE: dict[str, object] = {
+    "kind": "conv1d", "in_features": 12, "out_features": 8, "weight_shape": (6, 4, 2, 1),
+    "rank": 3, "alpha": 5.0, "transposed": True, "experts": 2, "scaling": "rslora", "dropout": 0.5,
+    "init": ("normal", 0.5), "compute": "float32", "variant": "dora", "lora_bias": True,
+    "slices": Slices((("q", 4), ("k", 2)), ("k",)), "update": "weight", "only": (1,), "share": "A",
+}  # fmt: skip
+FITTING = {"in_features": {"weight_shape": (6, 12)}, "out_features": {"weight_shape": (8, 4)},
+           "weight_shape": {"in_features": 8}, "experts": {"weight_shape": (2, 6, 4)},
+           "only": {"experts": 2, "weight_shape": (2, 6, 4)}}  # fmt: skip
+
+
+def test_a_file_states_every_field_of_a_site() -> None:
+    """A field that is added without a word in files would be lost in them."""
+    stated = {field.name for field in fields(SiteSpec) if field.init}
+    assert stated - {"name", "weight", "aliases", "rule"} == OTHERWISE.keys()
+    plain = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4.0)
+    for name, value in OTHERWISE.items():
+        spec = replace(plain, **{name: value, **FITTING.get(name, {})})
+        tensors = {role: torch.zeros(spec.shape_of(role)) for role in spec.roles}
+        state = li.AdapterState({spec.name: SiteState.of(spec, tensors)})
+        [read] = native.parse(native.describe(state, "native")).specs.values()
+        assert getattr(read, name) == value
+        assert read == spec
 
 
 def test_no_archive_is_left_unread() -> None:

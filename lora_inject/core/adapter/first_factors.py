@@ -36,13 +36,22 @@ def first_factors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[st
 
 
 def _randomize(tensor: Tensor, spec: SiteSpec) -> None:
-    if spec.init != "kaiming":
-        tensor.normal_(0.0, spec.init[1] if isinstance(spec.init, tuple) else 1.0 / spec.rank)
+    if isinstance(spec.init, tuple):
+        tensor.normal_(0.0, spec.init[1])
+    elif spec.init == "gaussian":
+        tensor.normal_(0.0, 1.0 / spec.rank)
+    elif spec.init != "kaiming":
+        raise _no_start(spec)
     elif spec.kind == "embedding":
         tensor.normal_()
     else:  # kaiming_uniform_(a=sqrt(5)) of the paper's code is this bound
         bound = 1.0 / math.sqrt(spec.in_features)
         tensor.uniform_(-bound, bound)
+
+
+def _no_start(spec: SiteSpec) -> LayerError:
+    asked = f"init {spec.init!r} of site {spec.name!r}"
+    return LayerError(asked, "no function starts A so", "Name an init of the config's schema")
 
 
 def _factorize(weight: Tensor, A: Tensor, B: Tensor, spec: SiteSpec) -> None:
@@ -56,7 +65,9 @@ def _factorize(weight: Tensor, A: Tensor, B: Tensor, spec: SiteSpec) -> None:
             U, S, Vh = torch.linalg.svd(part, full_matrices=False)
             root = (S[: spec.rank] / spec.scale).sqrt()
             b, a = U[:, : spec.rank] * root, root[:, None] * Vh[: spec.rank]
-        else:  # olora: the leading columns of Q and rows of R
+        elif spec.init == "olora":  # the leading columns of Q and rows of R
             Q, R = torch.linalg.qr(part)
             b, a = Q[:, : spec.rank], R[: spec.rank]
+        else:
+            raise _no_start(spec)
         A[slice(*block.a)], B[slice(*block.b)] = a, b

@@ -33,7 +33,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import Count, Index, Positive, fault_in
 from lora_inject.core.files.tensors import read_tensors, serialize
-from lora_inject.core.spec.sites import SiteSpec, Slices
+from lora_inject.core.spec.sites import InitName, SiteSpec, Slices
 from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import FormatError
 from lora_inject.version import __version__
@@ -55,7 +55,7 @@ class _Kind(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     experts: Count | None
     in_features: Count
-    init: str | tuple[str, Positive]
+    init: InitName | tuple[Literal["normal"], Positive]
     kind: str
     lora_bias: bool
     only: tuple[Index, ...] | None

@@ -25,6 +25,7 @@ from pydantic import (
 from lora_inject.core.spec.names import meant, show
 from lora_inject.core.spec.patterns import INDEX, checked_regex, layer_range
 from lora_inject.core.spec.reading import Strict, YamlModel, written
+from lora_inject.core.spec.sites import InitName
 from lora_inject.core.spec.tables import Shown
 from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.errors import ConfigError, user_path
@@ -156,7 +157,7 @@ class Axes(Strict):
 
 
 Init = Annotated[
-    Literal["kaiming", "gaussian", "pissa", "olora"] | Normal,
+    InitName | Normal,
     Field(
         description="How A starts (B starts at zero). kaiming: uniform, a = sqrt(5), as the "
         "paper's code. gaussian: N(0, 1/rank), a standard deviation of 1/rank. "

@@ -12,12 +12,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.variants import VARIANTS
 
 T = TypeVar("T")
+InitName = Literal["kaiming", "gaussian", "pissa", "olora"]
+"""How A may start, by name, in configs and in files."""
 FROM_WEIGHT = ("pissa", "olora")
 """Inits that are derived from W: the site keeps a frozen copy A0, B0 of its start."""
 
@@ -133,7 +135,7 @@ class SiteSpec:
     experts: int | None = None  # length of a leading dimension of stacked matrices, or None
     scaling: str = "standard"  # `standard` (alpha / rank) or `rslora` (alpha / sqrt(rank))
     dropout: float = 0.0  # probability of dropping an element of the input of A
-    init: str | tuple[str, float] = "kaiming"  # a name of `config.Init`, or `("normal", std)`
+    init: str | tuple[str, float] = "kaiming"  # an `InitName`, or `("normal", std)`
     compute: str = "base"  # `base` or `float32`, the dtype of the low-rank arithmetic
     variant: str = "lora"  # how its tensors become an update of W: a row of `VARIANTS`
     lora_bias: bool = False  # whether B has a bias b: the layer's becomes `bias + scale * b`
