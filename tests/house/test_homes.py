@@ -95,6 +95,7 @@ def test_what_stands_for_a_path_is_its_path(tmp_path: Path, monkeypatch) -> None
     assert all(list(li.read_adapter(name).sites) == ["0"] for name in "abc")
 
 
+@pytest.mark.usefixtures("home")
 def test_a_misspelled_path_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     li.save_adapter(li.inject(net(), RULE), "runs/adapter")
