@@ -1,7 +1,8 @@
-"""Kinds of layers, variants and file formats of your own: `docs/extending.md` adds one of each."""
+"""Kinds of layers and of weights, variants, formats of your own: `docs/extending.md` adds each."""
 
 from lora_inject.core.layers.adapted import WeightUpdate
 from lora_inject.core.layers.kinds import LoRALinear, register_kind
+from lora_inject.core.layers.weight_kinds import WeightKind, register_weight_kind
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.core.spec.variants import Variant, register_variant
 from lora_inject.formats.exchange import register_format
@@ -10,8 +11,10 @@ __all__ = [
     "Geometry",
     "LoRALinear",
     "Variant",
+    "WeightKind",
     "WeightUpdate",
     "register_format",
     "register_kind",
     "register_variant",
+    "register_weight_kind",
 ]

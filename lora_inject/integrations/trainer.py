@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from lora_inject.core.layers.survey import Survey, unwrapped
-from lora_inject.core.model.training import adapter_parameters, check_live_inputs
+from lora_inject.core.model.gradients import check_live_inputs
+from lora_inject.core.model.training import adapter_parameters
 from lora_inject.core.model.used import refuse_unused
 from lora_inject.core.roots.root import Injected, check_unmerged, entries, find_root, has_gradient
 from lora_inject.errors import StateError

@@ -28,6 +28,7 @@ class _OfBitsAndBytes(LayerKind):
     """What both formats have in common: the layer's class is bitsandbytes' own."""
 
     forwards = ((_MODULE, "Linear4bit"), (_MODULE, "Linear8bitLt"))
+    trains = True  # bitsandbytes/autograd/_functions.py: MatMul4Bit, MatMul8bitLt, MatMul8bitFp
 
     def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:
         """Replace the layer by a plain one, or its weight by another in the same format."""

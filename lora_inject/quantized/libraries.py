@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from lora_inject.core.layers.weight_kinds import (
     Undo,
     Verb,
     WeightKind,
+    defines_forward,
     derives_from,
     is_quantized,
 )
@@ -84,7 +86,8 @@ class OfLayer(LayerKind):
 class HQQ(OfLayer):
     """An `HQQLinear` with its codes `W_q`, whose bias is an attribute.
 
-    Source: `hqq/core/quantize.py`.
+    Its `backend` names the forward of all layers; those with a backward are `..._backprop`, the
+    default. Source: `hqq/core/quantize.py`.
     """
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
@@ -95,6 +98,16 @@ class HQQ(OfLayer):
         """Return `W_q`."""
         return "W_q" if derives_from(cls, "hqq.core.quantize", "HQQLinear") else None
 
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why no adapter can train: the backend has no backward."""
+        if verb != "train":
+            return super().why_not(verb, module, weight)
+        layer: Any = module
+        if "backprop" in layer.backend.value:
+            return None
+        problem = f"{plain_class(type(module)).__name__} runs {layer.backend.value}, for inference"
+        return Reason(problem, "Call HQQLinear.set_backend(HQQBackend.PYTORCH_BACKPROP)")
+
 
 class Quanto(OfTensor):
     """The tensors of a `QLinear`, before whose nn.Linear stands a class with a layout of its own.
@@ -102,6 +115,7 @@ class Quanto(OfTensor):
     Source: `optimum/quanto/nn/qlinear.py`.
     """
 
+    trains = True  # optimum/quanto/nn/qlinear.py: QLinearFunction
     against: ClassVar[Mapping[Verb, Reason]] = {
         "inject": Reason(
             "Python lets no module of optimum-quanto change its class",
@@ -114,10 +128,20 @@ class Quanto(OfTensor):
         of_quanto = type(weight).__module__.startswith("optimum.quanto.")
         return of_quanto and super().matches(module, weight)
 
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why no adapter can train: activations may be quantized."""
+        if verb == "train" and getattr(module, "activation_qtype", None) is not None:
+            problem = f"{plain_class(type(module)).__name__} quantizes activations as it runs"
+            return Reason(problem, "Quantize the weights only")
+        return super().why_not(verb, module, weight)
+
 
 # What its tensors call the quantization of activations: Int8Tensor and Float8Tensor,
 # IntxUnpackedToInt8Tensor.
 _DYNAMIC = ("act_quant_kwargs", "activation_quantization")
+# Those that multiply by their values, or by a Function with a backward. Those of 4 bits multiply by
+# kernels that have none (torchao 0.18, quantization/quantize_/workflows).
+_WITH_BACKWARD = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor", "NF4Tensor")
 
 
 class TorchAO(OfTensor):
@@ -128,12 +152,17 @@ class TorchAO(OfTensor):
         return weight is not None and package_of(type(weight)) == "torchao"
 
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
-        """Return why no adapter can train: some of its tensors quantize activations."""
-        dynamic = any(getattr(weight, key, None) is not None for key in _DYNAMIC)
-        if verb == "train" and dynamic:
-            problem = f"{type(weight).__name__} quantizes activations as it runs"
-            return Reason(problem, "Quantize the weights only (torchao: Int8WeightOnlyConfig)")
-        return super().why_not(verb, module, weight)
+        """Return why no adapter can train: some of its tensors have no backward."""
+        if verb != "train":
+            return super().why_not(verb, module, weight)
+        name, remedy = type(weight).__name__, "(torchao: Int8WeightOnlyConfig)"
+        if any(getattr(weight, key, None) is not None for key in _DYNAMIC):
+            problem = f"{name} quantizes activations as it runs"
+            return Reason(problem, f"Quantize the weights only {remedy}")
+        if name not in _WITH_BACKWARD:
+            problem = f"{name} of torchao is packed, and its backward is not known"
+            return Reason(problem, f"Quantize the weights in another format {remedy}")
+        return None
 
     def write(self, module: nn.Module, key: str, weight: nn.Parameter) -> Undo:
         """Replace the weight, and remove the `extra_repr` that torchao sets on a layer."""
@@ -154,6 +183,7 @@ class CompressedWeights(WeightKind):
     """Every weight of a layer with a `quantization_scheme`."""
 
     forwards = (("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"),)
+    trains = True  # plain layers, which multiply by unpacked or rounded weights
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
         """Return whether the layer has a scheme."""
@@ -217,8 +247,10 @@ class CompressedTensors(Library):
 class Kernel(WeightKind):
     """Whatever class of gptqmodel's family transformers loads: no nn.Linear, codes in buffers.
 
-    Each kernel packs in its own way, which nothing here unpacks.
+    Each kernel packs in its own way, which nothing here unpacks, and states whether it trains.
     """
+
+    trains = True
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
         """Return whether the layer is a kernel of the family with its codes in a buffer."""
@@ -242,10 +274,8 @@ class Kernel(WeightKind):
 
 def _trains(kernel: Any) -> bool:
     """Whether a layer hands a gradient to its input, as gptqmodel states it of its kernels."""
-    stated = (
-        getattr(kernel, f"SUPPORTS_TRAINING{each}", None) for each in ("", "_USE_TORCH_KERNEL")
-    )
-    return any(stated) or not hasattr(kernel, "SUPPORTS_TRAINING")
+    flags = ("SUPPORTS_TRAINING", "SUPPORTS_TRAINING_USE_TORCH_KERNEL")
+    return any(getattr(kernel, flag, False) for flag in flags)
 
 
 # --------------------------------------------------------- linear layers of transformers' own
@@ -267,6 +297,7 @@ class FineGrained(LayerKind):
     """`FP8Linear`: float8 with a scale for each block, or one for all."""
 
     forwards = ((_FP8, "FP8Linear"),)
+    trains = True
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
         """Return whether the layer is one, and its weight in 8 bits."""
@@ -282,14 +313,29 @@ class FineGrained(LayerKind):
         return float8_values(weight, scales, (high, wide))
 
     def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
-        """Return why the values are not known: integers are codes of 4 bits, two to a byte."""
-        if verb in OF_VALUES and weight is not None and not weight.is_floating_point():
+        """Return why the values are not known: integers are codes of 4 bits, two to a byte.
+
+        Their backward is not implemented, and that of others is from transformers 5.24 on.
+        """
+        codes = weight is not None and not weight.is_floating_point()
+        if verb == "train":
+            known = not codes and _has_backward(module, "FP8Linear", "FP8GroupedLinear")
+            return None if known else self.no_gradient(module)
+        if verb in OF_VALUES and codes:
             return Reason("it holds 4 bits for each weight, which are not unpacked in memory")
         return super().why_not(verb, module, weight)
 
 
+def _has_backward(module: nn.Module, *classes: str) -> bool:
+    """Whether a module in float8 computes by the Functions of transformers with a backward."""
+    where, name = defines_forward(plain_class(type(module)))
+    return where == _FP8 and name in classes and hasattr(sys.modules[_FP8], "FP8LinearFunction")
+
+
 class FineGrainedExperts(WeightKind):
     """`FP8Experts`: stacks in float8 or in 4 bits, which kernels read with scales beside them."""
+
+    trains = True
 
     def matches(self, module: nn.Module, weight: Tensor | None) -> bool:
         """Return whether the module is one of them."""
@@ -301,6 +347,19 @@ class FineGrainedExperts(WeightKind):
             "Load the base with FineGrainedFP8Config(dequantize=True), or exclude the experts",
         )
     }
+
+    def why_not(self, verb: Verb, module: nn.Module, weight: Tensor | None) -> Reason | None:
+        """Return why no adapter beside them can train: not each way to compute has a backward."""
+        if verb != "train":
+            return super().why_not(verb, module, weight)
+        how = getattr(getattr(module, "config", None), "_experts_implementation", None)
+        codes = not all(p.is_floating_point() for p in module.parameters(recurse=False))
+        if codes or not _has_backward(module, "FP8Experts"):
+            return self.no_gradient(module)
+        if how not in ("eager", "grouped_mm"):
+            remedy = 'Call model.set_experts_implementation("grouped_mm")'
+            return Reason(f"experts in float8 compute by {how}, which has no backward", remedy)
+        return None
 
 
 class KernelExperts(WeightKind):

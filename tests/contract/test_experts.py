@@ -12,6 +12,7 @@ import torch
 from conftest import error, fill, same_bits
 from helpers.experts import MOE, MORE, expert_rule, experts
 from helpers.merging import load_checkpoint, merge, merged_model
+from helpers.quantized import dequantized, quantized
 from helpers.reference import EXACT, RANK, SCALE, adapted, base_state, config, logits
 from helpers.refusals import refused
 from helpers.states import effect
@@ -456,3 +457,34 @@ def test_experts_whose_codes_kernels_read_are_refused(make: Any, match: str, rem
     model = make()
     with refused(li.LayerError, "gate_up_proj", remedy):
         li.plan(model, {"targets": [{"match": match, "layout": "out_in"}]})
+
+
+def test_beside_experts_in_float8_adapters_train_where_they_compute_with_a_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reference is the same model with the values; the kernel, for GPUs, is by hand."""
+    model, dense = in_8_bits(), experts("qwen3_moe")[0]
+    block, packed = dense.model.layers[0].mlp.experts, model.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        codes, scales = zip(*(quantized(w, (4, 4)) for w in getattr(block, name)), strict=True)
+        getattr(packed, name).data = torch.stack(codes)
+        getattr(packed, f"{name}_scale_inv").data = torch.stack(scales)
+        values = [dequantized(*each, (4, 4)) for each in zip(codes, scales, strict=True)]
+        getattr(block, name).data = torch.stack(values)
+
+    def kernel(x: Tensor, weight: Tensor, scales: Tensor, *_: Any) -> Tensor:
+        return x.detach() @ dequantized(weight, scales, (4, 4)).T
+
+    monkeypatch.setattr("transformers.integrations.finegrained_fp8.fp8_linear", kernel)
+    packed.requires_grad_(False)
+    grads = []
+    for each in (model, dense):
+        torch.manual_seed(1)
+        fill(li.inject(each, config("q_proj")))
+        few(each).square().sum().backward()
+        grads.append([p.grad for p in li.adapter_parameters(each).values()])
+    for grad, due in zip(*grads, strict=True):
+        assert error(grad, due.double()) < FLOAT32
+    model.set_experts_implementation("batched_mm")
+    with refused(li.LayerError, "mlp.experts", 'set_experts_implementation("grouped_mm")'):
+        li.parameter_groups(model, 1e-3)

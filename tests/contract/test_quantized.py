@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
 from helpers.packages import compressed, imported, loaded
-from helpers.quantized import N, bitsandbytes, plain_net
+from helpers.quantized import N, bitsandbytes, dequantized, plain_net, quantized
 from helpers.reference import SCALE, config, saved
 from helpers.refusals import refused
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class BaseQuantLinear(nn.Module):
     """As gptqmodel builds it for GPTQ and AWQ: packed integers, scales and bias are buffers."""
 
     __module__ = "gptqmodel.nn_modules.qlinear"
+    SUPPORTS_TRAINING = True  # which each kernel states
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
@@ -79,6 +80,7 @@ class HQQLinear(nn.Module):
         codes, steps = coded(plain.weight, 127)
         self.W_q = nn.Parameter((codes + 128).to(torch.uint8), requires_grad=False)
         self.meta = {"scale": steps, "zero": 128}
+        self.backend = SimpleNamespace(value="forward_pytorch_backprop")
         self.bias = plain.bias.detach().clone()
 
     def dequantize(self) -> Tensor:
@@ -537,13 +539,16 @@ class Halves(torch.Tensor):
 @pytest.mark.parametrize("says", [True, False])
 def test_codes_of_a_library_that_nobody_knows_are_merged_if_they_say_their_values(says) -> None:
     net, codes = plain_net(), torch.randint(-9, 9, (N, N), dtype=torch.int8)
+    state = li.adapter_state(fill(li.inject(plain_net(), config("0"))))
     held_as = codes.as_subclass(Halves) if says else codes
     net[0].weight = nn.Parameter(held_as, requires_grad=False)
+    with refused(li.LayerError, "'0.weight'", "trains = True"):
+        li.inject(net, config("0"))
+    li.install(net, state, base="any")
     if not says:
         with refused(li.LayerError, "'0"):
-            li.merge(fill(li.inject(net, config("0"))), dequantize="float32")
+            li.merge(net, dequantize="float32")
         return
-    fill(li.inject(net, config("0")))
     wanted = codes.double() / 2 + delta(net)
     li.merge(net, dequantize="float32")
     assert error(net[0].weight, wanted) < 1e-6
@@ -596,6 +601,40 @@ def by_compressed_tensors() -> Any:
     return net
 
 
+def by_transformers(module: str, cls: str, **options: Any) -> Any:
+    """Its kernels, none of which has a backward, are for GPUs."""
+    net = Residual()
+    made = getattr(imported(f"transformers.integrations.{module}"), cls)
+    net.between = made(32, 32, **options)
+    return net
+
+
+def by_a_forward_of_hqq() -> Any:
+    """`HQQBackend.ATEN_FORWARD`: as fast as it can be, and for inference."""
+    net = Residual()
+    net.between = HQQLinear(net.between)
+    net.between.backend = SimpleNamespace(value="forward_aten")
+    return net
+
+
+class Unknown(nn.Linear):
+    """A packed layer of nobody's, which computes without autograd."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        codes = coded(self.weight, 127)[0].to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.detach(), self.weight.float() / 127, self.bias)
+
+
+def by_nobody() -> Any:
+    net = Residual()
+    net.between = Unknown(32, 32)
+    return net
+
+
 def by_torch() -> Any:
     """They compute without autograd: a gradient would pass by them in silence."""
     return torch.ao.quantization.quantize_dynamic(Residual(), {"between"})
@@ -606,7 +645,70 @@ NO_GRADIENT: dict[str, Callable[[], Any]] = {
     "experts in MXFP4": by_mxfp4,
     "activations of compressed-tensors": by_compressed_tensors,
     "torch's own": by_torch,
+    "MetalLinear": functools.partial(
+        by_transformers, "metal_quantization", "MetalLinear", group_size=32
+    ),
+    "FbgemmFp8Linear": functools.partial(
+        by_transformers, "fbgemm_fp8", "FbgemmFp8Linear", bias=True
+    ),
+    "float8 of compressed-tensors": functools.partial(
+        by_transformers, "compressed_tensors", "CompressedTensorsFP8Linear"
+    ),
+    "codes in a buffer": functools.partial(
+        by_transformers, "bitnet", "BitLinear", bias=False, dtype=torch.float32
+    ),
+    "a forward of HQQ": by_a_forward_of_hqq,
+    "a library that nobody knows": by_nobody,
 }
+ON_CPU = ("torchao", "activations of", "torch's", "a library")  # the others' kernels are for GPUs
+
+
+def in_float8() -> Any:
+    """FP8Linear of transformers, whose kernel is for GPUs."""
+    fp8 = imported("transformers.integrations.finegrained_fp8")
+    layer = fp8.FP8Linear(N, N, block_size=(16, 16), has_bias=True)
+    layer.weight.data, layer.weight_scale_inv.data = quantized(torch.randn(N, N), (16, 16))
+    nn.init.normal_(layer.bias)
+    return layer.requires_grad_(False), dequantized(layer.weight, layer.weight_scale_inv, (16, 16))
+
+
+def in_nf4_of_torchao() -> Any:
+    nf4 = imported("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    layer = nn.Linear(N, N).requires_grad_(False)
+    layer.weight = nn.Parameter(nf4.to_nf4(layer.weight, 32, 2), requires_grad=False)
+    return layer, layer.weight.get_original_weight()
+
+
+def in_a_format(form: str) -> Any:
+    layer: Any = FORMATS.get(form, INTX)(plain_net())[0]
+    return layer, measured(layer)
+
+
+INTX = functools.partial(torchao, "IntxWeightOnlyConfig")
+CLAIMS: dict[str, Callable[[], Any]] = {
+    **{form: functools.partial(in_a_format, form) for form in FORMATS},
+    "float8 of transformers": in_float8,
+    "torchao nf4": in_nf4_of_torchao,
+    "torchao intx": lambda: in_a_format("torchao intx"),
+}
+
+
+@pytest.mark.parametrize("what", CLAIMS)
+def test_a_layer_above_adapters_that_train_hands_on_the_gradient_of_its_values(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, W = CLAIMS[what]()
+    if what == "float8 of transformers":
+        kernel = torch.no_grad()(lambda x, *_: x @ W.T + layer.bias)
+        monkeypatch.setattr("transformers.integrations.finegrained_fp8.fp8_linear", kernel)
+    net = nn.Sequential(nn.Linear(N, N), layer)
+    x, up = torch.randn(3, N), torch.randn(3, N)
+    fill(li.inject(net, config("0")))
+    (net(x) * up).sum().backward()
+    site, through = li.adapter_state(net).sites["0"], up.double() @ W.double()
+    A, B = (li.adapter_parameters(net)[f"0.lora_{role}"] for role in "AB")
+    assert error(B.grad, SCALE * through.T @ (x.double() @ site.A.double().T)) < 5e-3
+    assert error(A.grad, SCALE * (through @ site.B.double()).T @ x.double()) < 5e-3
 
 
 @pytest.mark.parametrize("how", NO_GRADIENT)
@@ -623,7 +725,7 @@ def test_over_a_layer_without_a_gradient_an_adapter_serves_and_does_not_train(
     with refused(li.LayerError, "'between"):
         li.train_only(net, "default")
     li.train_only(net, None)
-    if how != "experts in MXFP4":  # whose kernels are for GPUs
+    if how.startswith(ON_CPU):
         plain.between, x = net.between, torch.randn(3, 32)
         with torch.no_grad():
             assert same_bits(net(x), plain(x))

@@ -175,10 +175,12 @@ def reason_against(
 ) -> Reason | None:
     """Return why a verb cannot use a weight, packed or plain, or a layer: the first reason.
 
-    The kinds are those of `loaded_kinds`, which is asked once for many layers.
+    The kinds are those of `loaded_kinds`, which is asked once for many layers. Where one from
+    outside knows the weight, others are not asked.
     """
-    known = (kind for kind in kinds if kind.matches(module, weight))
-    reasons = (kind.why_not(verb, module, weight) for kind in known)
+    known = [kind for kind in kinds if kind.matches(module, weight)]
+    outside = [kind for kind in known if kind in REGISTERED] if REGISTERED else ()
+    reasons = (kind.why_not(verb, module, weight) for kind in outside or known)
     return next((reason for reason in reasons if reason is not None), None)
 
 

@@ -67,9 +67,9 @@ class ReplacedParameters:
 class WeightKind:
     """One way in which weights are held: what is known of a library's tensors and layers.
 
-    A subclass overrides what it knows. What it leaves is a refusal: a kind without `dense` cannot
-    be merged, one without `packed` cannot be quantized again. There is one object of each class,
-    without a state.
+    A subclass overrides what it knows. What it leaves is a refusal: of a kind that does not say
+    `trains` nothing before it can train, a kind without `dense` cannot be merged, one without
+    `packed` cannot be quantized again. There is one object of each class, without a state.
 
     Examples:
         >>> class Halves(WeightKind):
@@ -91,6 +91,8 @@ class WeightKind:
 
     Then an update is added to its output. It may add a bias.
     """
+    trains: ClassVar[bool] = False
+    """Whether its layers hand on to their input the gradient that the values would."""
     against: ClassVar[Mapping[Verb, Reason]] = MappingProxyType({})
     """Why verbs cannot use any weight that matches."""
 
@@ -132,13 +134,19 @@ class WeightKind:
         kind = type(self)
         if verb in self.against:
             return self.against[verb]
+        if verb == "train" and not kind.trains:
+            return self.no_gradient(module)
         if verb in OF_VALUES and kind.dense is WeightKind.dense:
-            plain = getattr(type(module), "_lora_plain", type(module))
-            problem = f"dequantizing a {plain.__name__} of {plain.__module__} is not supported"
-            return Reason(problem)
+            return Reason(f"dequantizing a {_of(module)} is not supported")
         if verb == "requantize" and kind.packed is WeightKind.packed:
             return Reason("its format cannot be quantized again")
         return None
+
+    def no_gradient(self, module: nn.Module) -> Reason:
+        """Return that nothing is known of the backward of a layer."""
+        remedy = "Load the base in a format that trains; or, if you know that it does, write a "
+        remedy += "WeightKind with trains = True and register it, extending.register_weight_kind"
+        return Reason(f"{_of(module)} is packed, and its backward is not known", remedy)
 
     # Of classes of layers -----------------------------------------------------------------------
 
@@ -166,6 +174,11 @@ class WeightKind:
         return None
 
 
+def _of(module: nn.Module) -> str:
+    plain = getattr(type(module), "_lora_plain", type(module))
+    return f"{plain.__name__} of {plain.__module__}"
+
+
 def defines_forward(cls: type) -> tuple[str, str]:
     """Return the module and the name of the class whose `forward` a class has."""
     owner = next(c for c in cls.__mro__ if "forward" in c.__dict__)
@@ -189,13 +202,13 @@ OF_ANY_LIBRARY: list[WeightKind] = []
 
 
 def register_weight_kind(kind: type[WeightKind]) -> type[WeightKind]:
-    """Add a kind of weight from outside.
+    """Add a kind of weight from outside the package; it is asked before those of libraries.
 
     Args:
         kind: The class; one object of it is made.
 
     Returns:
-        The class, so that this can be used as a decorator.
+        The class, so that this can stand as a decorator.
 
     Examples:
         >>> _ = register_weight_kind(WeightKind)
@@ -223,6 +236,17 @@ def is_quantized(weight: Tensor) -> bool:
         return True
     # A DTensor has elements here.
     return type(weight) not in PLAIN and not hasattr(weight, "full_tensor")
+
+
+def has_codes(tensor: Tensor) -> bool:
+    """Whether a tensor holds a packed weight, of whatever library, and no floats or single numbers.
+
+    A Parameter of a class of its own is one if it has a `dequantize` of its own.
+    """
+    dtype = tensor.dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return tensor.dim() > 1 and dtype != torch.bool
+    return type(tensor).dequantize is not Tensor.dequantize
 
 
 def sharded_by(tensor: Tensor) -> str | None:

@@ -14,9 +14,9 @@ from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.starting import first_values
 from lora_inject.core.layers.survey import Carried, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import whole
+from lora_inject.core.model.gradients import check_live_inputs
 from lora_inject.core.model.places import check_statistics, places
 from lora_inject.core.model.put import put, survey_for, uncollected
-from lora_inject.core.model.training import check_live_inputs
 from lora_inject.core.model.used import refuse_unreached
 from lora_inject.core.spec.config import ConfigLike
 from lora_inject.core.spec.inventory import Inventory

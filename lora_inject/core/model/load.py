@@ -12,8 +12,9 @@ from torch import nn
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.model.base import Base
 from lora_inject.core.model.fit_state import fit
+from lora_inject.core.model.gradients import check_live_inputs
 from lora_inject.core.model.put import put_state, survey_for, uncollected
-from lora_inject.core.model.training import check_live_inputs, say_fixed_biases
+from lora_inject.core.model.training import say_fixed_biases
 from lora_inject.errors import check_type, user_path, within
 from lora_inject.formats.exchange import detected, read_adapter
 from lora_inject.formats.hub import on_disk

@@ -13,15 +13,10 @@ from torch import Tensor, nn
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.functional.torch_inside import forget_graphs
 from lora_inject.core.layers.attached import Entry
-from lora_inject.core.layers.library import (
-    begin_training,
-    loaded_kinds,
-    loaded_libraries,
-    reason_against,
-)
+from lora_inject.core.layers.library import begin_training, loaded_libraries
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
-from lora_inject.core.layers.weight_kinds import Reason
+from lora_inject.core.model.gradients import check_live_inputs
 from lora_inject.core.roots.root import (
     Injected,
     adapted_modules,
@@ -33,7 +28,7 @@ from lora_inject.core.roots.root import (
 )
 from lora_inject.core.spec.names import joined
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import LayerError, StateError, check_type
+from lora_inject.errors import StateError, check_type
 
 M = TypeVar("M", bound=nn.Module)
 LOG = logging.getLogger("lora_inject")
@@ -225,34 +220,3 @@ def forget_gradients(frozen: Iterable[nn.Parameter]) -> None:
     """
     for parameter in frozen:
         parameter.grad = None
-
-
-# torch's own quantized layers, as `torch.ao.quantization.quantize_dynamic` makes them.
-WITHOUT_AUTOGRAD = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
-
-
-def check_live_inputs(survey: Survey, asked: str) -> None:
-    """Refuse to train where a layer hands no gradient to its input.
-
-    Such layers compute without autograd: whatever lies before them would get a part of its
-    gradient, or none.
-    """
-    for name, reason in _dead(survey):
-        problem = f"its {reason.found}, through which no gradient reaches the layers before it"
-        serves = "an adapter that was trained elsewhere can be loaded onto it"
-        raise LayerError(f"{asked}, {name!r}", problem, f"{reason.remedy}; {serves}")
-
-
-def _dead(survey: Survey) -> Iterator[tuple[str, Reason]]:
-    """Yield names of layers and weights that hand no gradient on, with the reason."""
-    for path, module in survey.modules:
-        if type(module).__module__.startswith(WITHOUT_AUTOGRAD):
-            problem = f"{type(module).__name__} of torch.ao computes without autograd"
-            yield path, Reason(problem, "Train first, then quantize")
-    kinds = loaded_kinds()
-    for path, module in survey.modules if kinds else ():
-        held: dict[str, Tensor | None] = {path: None}
-        held |= {joined(path, key): weight for key, weight in survey.own[id(module)].items()}
-        for name, weight in held.items():
-            if (reason := reason_against("train", module, weight, kinds)) is not None:
-                yield name, reason
