@@ -261,11 +261,8 @@ def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     plain.pop("quantization_config", None)
     try:
-        kind = str(plain.get("model_type"))
-        if kind not in transformers.CONFIG_MAPPING:
-            raise ValueError(f"it does not know the model type {kind!r}")
-        made = transformers.CONFIG_MAPPING[kind].from_dict(plain)
-        known = _architecture(transformers, made)
+        known = _architecture(transformers, plain)
+        made = _config_class(transformers, known, str(plain.get("model_type"))).from_dict(plain)
         with torch.device("meta"):
             if known is None:
                 model = transformers.AutoModel.from_config(made, trust_remote_code=False)
@@ -285,9 +282,22 @@ def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
     return model
 
 
-def _architecture(transformers: Any, config: Any) -> Any:
+def _config_class(transformers: Any, known: Any, model_type: str) -> Any:
+    """Return the class of a config: of its `model_type`, or the one that the architecture says.
+
+    A part of a larger model, such as Bark's, has a type that is in no list.
+    """
+    if model_type in transformers.CONFIG_MAPPING:
+        return transformers.CONFIG_MAPPING[model_type]
+    if known is None or known.config_class.model_type != model_type:
+        raise ValueError(f"it does not know the model type {model_type!r}")
+    return known.config_class
+
+
+def _architecture(transformers: Any, config: Mapping[str, Any]) -> Any:
     """Return the first class of transformers that the config names, else None."""
-    for name in config.architectures or ():
+    names = config.get("architectures")
+    for name in names if isinstance(names, list) else ():
         known = getattr(transformers, str(name), None)
         if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
             return known

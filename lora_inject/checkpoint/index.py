@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,6 +128,25 @@ class Checkpoint:
                 sizes[entry.dtype] += entry.n_elements
         return max(sizes, key=lambda dtype: sizes[dtype])
 
+    def in_every_layer(self, name: str) -> bool:
+        """Whether a tensor is inside a numbered layer, and all its sisters have one of this name.
+
+        So it is no list's own element, and no sister can lack it because it shares this one.
+        """
+        within = list(_without_numbers(name))
+        is_inside = bool(within) and not parent(name).rpartition(".")[2].isdigit()
+        holders, numbers = self._sisters
+        return is_inside and all(holders[one] == len(numbers[one[0]]) for one, _ in within)
+
+    @cached_property
+    def _sisters(self) -> tuple[Mapping[tuple[str, str], int], Mapping[str, set[str]]]:
+        """How many have a tensor, by what stands before and after a number; and all the numbers."""
+        holders, numbers = Counter[tuple[str, str]](), defaultdict[str, set[str]](set)
+        for one, number in (found for name in self.tensors for found in _without_numbers(name)):
+            holders[one] += 1
+            numbers[one[0]].add(number)
+        return holders, numbers
+
     def path_of(self, name: str) -> Path:
         """Return the file that a tensor is in."""
         return self.shards[self.shard_of[name]].path
@@ -156,6 +176,14 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[TensorEntry]:
         return iter(self.tensors.values())
+
+
+def _without_numbers(name: str) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield, for each number in a name, what stands before and after it, and the number."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            yield (".".join(parts[:i]), ".".join(parts[i + 1 :])), part
 
 
 def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:

@@ -29,6 +29,7 @@ from helpers.reference import EXACT, config, dense, gpt2_of_two_layers, logits
 from helpers.refusals import refused
 from helpers.states import Site, state_of
 from helpers.versions import TRANSFORMERS_5, needs_peft_reads_experts, needs_transformers_5
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -459,6 +460,57 @@ def test_rows_of_a_tied_table_are_placed_in_whatever_order_its_names_are(tied, t
     due = table.index_copy(0, torch.tensor([5, 3]), rows.to(table.dtype))
     assert torch.equal(load_checkpoint(tmp_path / "out")[EMBEDDING], due)
     assert HEAD not in load_checkpoint(tmp_path / "out")
+
+
+def kept_under_another_name(model: Any, folder: Path, name: str, other: str) -> dict[str, Tensor]:
+    """Save a model, but a tied tensor under another of its names."""
+    model.save_pretrained(folder)
+    tensors = load_checkpoint(folder)
+    assert name not in tensors
+    tensors[name] = tensors.pop(other)
+    (file,) = folder.glob("*.safetensors")
+    save_file(tensors, file, {"format": "pt"})
+    return tensors
+
+
+def layers_of(name: str) -> li.AdapterState:
+    return state_of(Site(name, lambda: nn.Linear(8, 8), 8), size=0.5)
+
+
+def hold_one_layer_moves(model: Any, name: str, folder: Path) -> None:
+    """Hold that an adapter on one layer, merged into `base`, moves its weight and no other."""
+    merge(folder / "base", [layers_of(name)], folder / "out")
+    before, after = (
+        dict(each.named_parameters(remove_duplicate=False))
+        for each in (model, type(model).from_pretrained(folder / "out"))
+    )
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {f"{name}.weight"}
+
+
+@needs_transformers_5
+def test_a_tie_behind_a_number_is_cut_as_any_other(tmp_path: Path) -> None:
+    """Bark's heads are its embeddings, and either name may be in a file that loads."""
+    sizes = {"input_vocab_size": 8, "output_vocab_size": 8, "hidden_size": 8, "num_heads": 2}
+    sizes |= {"num_layers": 1, "n_codes_total": 4, "block_size": 16}
+    model = transformers.BarkFineModel(transformers.BarkFineConfig(**sizes))
+    ends = ("lm_heads.0.weight", "input_embeds_layers.1.weight")
+    kept_under_another_name(model, tmp_path / "base", *ends)
+    hold_one_layer_moves(model, "lm_heads.0", tmp_path)
+
+
+@needs_transformers_5
+def test_a_layer_that_stands_for_several_is_not_merged_as_one(tmp_path: Path) -> None:
+    """Zamba's files have a block once, under the name of the first layer that shares it."""
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 14}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "n_mamba_heads": 1}
+    sizes |= {"mamba_d_state": 4, "mamba_dt_rank": 2, "attention_hidden_size": 16}
+    model = transformers.ZambaForCausalLM(
+        transformers.ZambaConfig(**sizes, use_mamba_kernels=False)
+    )
+    model.save_pretrained(tmp_path / "base")
+    name = "model.layers.2.shared_transf.feed_forward.gate_proj"
+    assert f"{name}.weight" in load_checkpoint(tmp_path / "base")
+    hold_one_layer_moves(model, name, tmp_path)
 
 
 def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_not_an_embedding(tmp_path: Path) -> None:
