@@ -127,6 +127,26 @@ def test_an_error_names_the_place_in_the_file_what_was_found_and_the_way_out(tex
         li.Config.from_text(text, source="f")
 
 
+def unfolding(*, lists: bool, levels: int = 12) -> str:
+    """A few lines whose aliases stand for nine to the power of `levels` values."""
+    first, each = ("[q]", "[{}]") if lists else ("{match: q}", "{{<<: [{}], match: q}}")
+    more = (each.format(", ".join([f"*a{n}"] * 9)) for n in range(levels))
+    lines = [f"  - &a{n} {text}" for n, text in enumerate([first, *more])]
+    return "\n".join(["rank: 4", "targets:", *lines])
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_aliases_that_never_end_are_refused_at_their_entry(lists: bool) -> None:
+    with refused(li.ConfigError, "f:7:", "(targets[4]", "aliases", "10,000"):
+        li.Config.from_text(unfolding(lists=lists), source="f")
+    few = unfolding(lists=lists, levels=3)
+    if lists:
+        with refused(li.ConfigError, "f:3:5 (targets[0])", "['q']"):
+            li.Config.from_text(few, source="f")
+    else:
+        assert len(li.Config.from_text(few).targets) == 4
+
+
 KEYS_OF_PEFT = ["r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "peft_type"]
 KEYS_OF_PEFT += ["modules_to_save", "exclude_modules", "layers_to_transform", "use_dora"]
 KEYS_OF_PEFT += ["target_parameters"]

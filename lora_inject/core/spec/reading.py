@@ -7,7 +7,7 @@ where else a key belongs, and our name for a key of other programs.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any, ClassVar, Self
 
@@ -85,6 +85,7 @@ class YamlModel(Strict):
         try:
             loader = _Loader(text)
             root = loader.get_single_node()
+            _check_aliases(root, source)
             data = loader.construct_document(root) if root else None
         except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
             problem = getattr(error, "problem", None) or str(error)
@@ -148,6 +149,8 @@ def read_text(
 # ------------------------------------------------------------------------------------ YAML itself
 
 _TAG = "tag:yaml.org,2002:"
+MOST_ALIASED = 10_000
+"""Values for which the aliases of a file may stand, all together."""
 _DIGITS = "(0|[1-9](_?[0-9])*)"
 _EXPONENT = "[eE][-+]?[0-9]{1,4}"
 # PyYAML reads YAML 1.1, where `no` is false, 010 is 8, 1:30 is 90 and 1e-3 is a word.
@@ -210,6 +213,40 @@ _Dumper.add_representer(str, _Dumper.text)
 for _reader in (_Loader, _Dumper):
     for _kind, _pattern in _PLAIN.items():
         _reader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(rf"({_pattern})\Z"), None)
+
+
+def _check_aliases(root: yaml.Node | None, source: str) -> None:
+    """Raise if aliases stand for more than MOST_ALIASED values: a few lines of them never end."""
+    sizes: dict[int, int] = {}  # of each node, aliases unfolded
+    n_aliased = 0
+
+    def size(node: yaml.Node, path: Loc) -> int:
+        nonlocal n_aliased
+        n = sizes[id(node)] = 1  # of a node inside of itself, which PyYAML refuses
+        for step, child in _children(node):
+            here = (*path, step)
+            if (aliased := sizes.get(id(child))) is not None:
+                n_aliased += aliased
+            if n_aliased > MOST_ALIASED:
+                place = f"{source}{_place(node.start_mark)} ({_dotted(here)})"
+                problem = f"here aliases stand for more than {MOST_ALIASED:,} values"
+                raise ConfigError(place, problem, "Write out the few that are meant")
+            n += size(child, here) if aliased is None else aliased
+        sizes[id(node)] = n
+        return n
+
+    if root is not None:
+        size(root, ())
+
+
+def _children(node: yaml.Node) -> Iterator[tuple[str | int, yaml.Node]]:
+    """Yield the values inside a node, by key or index; a key may be a node with values, too."""
+    if isinstance(node, yaml.SequenceNode):
+        yield from enumerate(node.value)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = str(key.value)[:60] if isinstance(key, yaml.ScalarNode) else "a key"
+            yield from ((name, key), (name, value))
 
 
 def written(data: Mapping[str, Any]) -> str:
