@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from numbers import Integral
 
+import regex
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.patterns import named
+from lora_inject.core.spec.patterns import MATCH_SECONDS, NOT_A_REGEX, named, stoppable
 from lora_inject.errors import StateError, check_type
 
 
@@ -145,13 +146,13 @@ def _renaming(
     return checked
 
 
-def _rule(old: str, text: str) -> re.Pattern[str]:
+def _rule(old: str, text: str) -> regex.Pattern[str]:
     """Compile the regex of whole segments."""
     for part in (old, text):
         check_type(f"rename {old!r}", part, str, "Give the new name as text")
     try:
-        return re.compile(rf"(?<![^.])(?:{old})(?![^.])")
-    except re.error as error:
+        return stoppable(rf"(?<![^.])(?:{old})(?![^.])")
+    except NOT_A_REGEX as error:
         remedy = "Escape literal characters with a backslash"
         raise StateError(f"rename {old!r}", f"it is not a regex ({error})", remedy) from None
 
@@ -164,14 +165,18 @@ def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str
     def change(name: str) -> str:
         made: list[str] = []  # what one rule has made, which no other changes
 
-        def put(match: re.Match[str], old: str) -> str:
+        def put(match: regex.Match[str], old: str) -> str:
             made.append(match.expand(new[old]))
             return f"\0{len(made) - 1}\0" if made[-1] else ""
 
         for old, rule in rules.items():
             try:
-                changed, n = rule.subn(partial(put, old=old), name)
-            except (re.error, IndexError) as error:
+                changed, n = rule.subn(partial(put, old=old), name, timeout=MATCH_SECONDS)
+            except TimeoutError:
+                problem = f"it takes more than {MATCH_SECONDS:g} s to match, such as '{name[:60]}'"
+                remedy = "Write it without repetition inside repetition, such as (a+)+"
+                raise StateError(f"rename {old!r}", problem, remedy) from None
+            except (regex.error, IndexError) as error:
                 problem, remedy = f"{new[old]!r} does not fit it ({error})", "Write \\1 for a group"
                 raise StateError(f"rename {old!r}", problem, remedy) from None
             if n:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import states
 from helpers.modules import tree
 from helpers.refusals import refused
 from helpers.tables import rows
@@ -89,6 +90,32 @@ PATTERNS = [
 def test_a_pattern_matches_the_end_from_a_dot(pattern, hits, misses) -> None:
     model = tree({name: matrix(8, 8) for name in hits + misses})
     assert {*names_of(li.plan(model, {"targets": [pattern]}))} == {*hits}
+
+
+# Ways of which `re`, which cannot be stopped, tries more on a name than anybody can wait for.
+ENDLESS = [
+    ("targets", "(a+)+c", "matched none"),
+    ("train", ".*.*.*.*.*.*.*.*.*.*d", "matched none"),
+    ("exclude", "(a|aa)+c", "5 s"),
+    ("targets", "((a|aa)(b|)){1,40}c", "5 s"),
+]
+
+
+@pytest.mark.slow  # some take the time that they are given
+@pytest.mark.parametrize(("field", "pattern", "said"), ENDLESS)
+def test_a_pattern_ends_or_is_refused_by_name(field: str, pattern: str, said: str) -> None:
+    model = tree({"x": nn.Linear(2, 2), f"c.{'a' * 60}b": nn.Linear(2, 2)})
+    with refused(li.MatchError, f"'{pattern}'", said, model=model):
+        li.inject(model, {"targets": ["x"]} | {field: [pattern]})
+
+
+@pytest.mark.slow
+def test_a_renaming_ends_or_is_refused_by_its_name() -> None:
+    state = states.state_of(states.linear(f"c.{'a' * 60}b"))
+    with refused(li.StateError, "rename '(a|aa)+c'", "5 s"):
+        li.algebra.rename(state, {"(a|aa)+c": "x"})
+    with refused(li.StateError, "rename '(a+)+c'", "no name"):
+        li.algebra.rename(state, {"(a+)+c": "x"})
 
 
 pieces = st.sampled_from(

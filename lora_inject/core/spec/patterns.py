@@ -7,15 +7,20 @@ what lies below.
 from __future__ import annotations
 
 import re
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+
+import regex
 
 from lora_inject.core.spec.names import Below, around, first_number, nearest, show
 from lora_inject.errors import LoraInjectError, MatchError, StateError, check_list, check_type
 
 INDEX = "(?:0|[1-9][0-9]{0,8})"  # no leading zeros: YAML reads 010 as 8, Python as 10
-NOT_A_REGEX = (re.error, OverflowError, RecursionError)
+NOT_A_REGEX = (re.error, regex.error, OverflowError, RecursionError)
+MATCH_SECONDS = 5.0
+"""For a pattern and all names; harmless ones take milliseconds."""
 
 
 def matching(
@@ -36,10 +41,73 @@ def matching(
     if pattern.isidentifier():  # most are; a regex takes seven times as long for the same
         tail = f".{pattern}"
         return [name for name in names if name.endswith(tail) or name == pattern]
+    return in_time(pattern, list(names), asked, error)
+
+
+def in_time(
+    pattern: str,
+    names: Sequence[str],
+    asked: str,
+    error: type[LoraInjectError],
+    end: float | None = None,
+) -> list[str]:
+    """Return the names that any pattern matches, within a time limit.
+
+    A backtracking regex can take exponential time on a short name. `re` cannot be stopped, and is
+    ten times as fast as `regex`, which can: so `re` matches only what cannot repeat much, with a
+    look at the clock between names.
+
+    Args:
+        pattern: A regex for the ends of names.
+        names: The names.
+        asked: What messages call the pattern.
+        error: What is raised if it is no regex, or takes too long.
+        end: In seconds of this thread; by default MATCH_SECONDS from now.
+    """
+    end = time.thread_time() + MATCH_SECONDS if end is None else end
     try:
-        return list(filter(re.compile(at_the_end(pattern)).match, names))
+        match = _matcher(pattern, names, end)
     except NOT_A_REGEX as problem:
         raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
+    hits: list[str] = []
+    for start in range(0, len(names), _AT_ONCE):
+        some = names[start : start + _AT_ONCE]
+        try:
+            hits += filter(match, some)
+            late = time.thread_time() > end
+        except TimeoutError:
+            late = True
+        if late:
+            slow = f"it takes more than {MATCH_SECONDS:g} s to match, such as '{some[-1][:60]}'"
+            remedy = "Write it without repetition inside repetition, such as (a+)+"
+            raise error(asked, slow, remedy)
+    return hits
+
+
+_AT_ONCE = 16  # names between two looks at the clock
+_LONGEST = 200  # characters of a name that `re` gets
+
+
+def _matcher(pattern: str, names: Sequence[str], end: float) -> Callable[[str], object]:
+    """Return the function that matches a name: of `re` if it tries few ways, else of `regex`."""
+    whole = at_the_end(pattern)
+    # A group that is repeated, or means more than itself, may hold anything.
+    is_plain = not re.search(r"\(\?[^:]|\)\s*[*+{]", pattern)
+    # A repetition may end at each of some 64 places, an alternative may be either.
+    ways = 6 * len(re.findall(r"[*+{]", pattern)) + len(re.findall(r"[|?]", pattern))
+    if is_plain and ways <= 18 and max(map(len, names), default=0) <= _LONGEST:
+        return re.compile(whole).match
+    compiled = stoppable(whole)
+    # `timeout` counts other threads, too.
+    return lambda name: compiled.match(name, timeout=max(end - time.thread_time(), 1e-6))
+
+
+def stoppable(pattern: str) -> regex.Pattern[str]:
+    """Return a regex of Python's syntax that takes a `timeout`; raise `re.error`, `regex.error`."""
+    re.compile(pattern)
+    # To `re`, a brace that is not a count is text; to `regex`, it may ask for a fuzzy match.
+    brace = r"(?<!\\)((?:\\\\)*)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})"
+    return regex.compile(re.sub(brace, r"\1\\{", pattern))
 
 
 def under(

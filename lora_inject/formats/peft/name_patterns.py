@@ -14,16 +14,13 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
-import regex
-
-from lora_inject.core.spec.patterns import NOT_A_REGEX, at_the_end
+from lora_inject.core.spec.patterns import MATCH_SECONDS, in_time
 from lora_inject.errors import FormatError
 
 T = TypeVar("T")
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 _MAX_KEY_LENGTH = 1000
-MATCH_SECONDS = 5.0  # for all patterns of a file and all names; harmless ones take milliseconds
 
 
 def values_of(table: Mapping[str, T], names: Collection[str], default: T) -> dict[str, T]:
@@ -34,7 +31,7 @@ def values_of(table: Mapping[str, T], names: Collection[str], default: T) -> dic
     for name in values if table else ():
         for key in plain.hitting(name):
             hits[key].append(name)
-    end = time.thread_time() + MATCH_SECONDS
+    end = time.thread_time() + MATCH_SECONDS  # for all patterns of a file
     for key in table:
         name = re.sub(r"\\(.)", r"\1", key.removeprefix("^"))
         if key == escaped(name):
@@ -49,32 +46,13 @@ def values_of(table: Mapping[str, T], names: Collection[str], default: T) -> dic
 def matching_in_time(
     pattern: str, names: Collection[str], asked: str, end: float | None = None
 ) -> list[str]:
-    """Return the names that a stranger's pattern matches, as `matching` does, within a time limit.
+    """Return the names that a stranger's pattern matches, as `matching` does.
 
-    A backtracking regex can take exponential time on a short name. `end` is in seconds of this
-    thread, by default MATCH_SECONDS from now.
+    `end` is in seconds of this thread, by default MATCH_SECONDS from now.
     """
-    end = time.thread_time() + MATCH_SECONDS if end is None else end
     if len(pattern) > _MAX_KEY_LENGTH:
         raise FormatError(asked, f"it has {len(pattern):,} characters", "Write shorter patterns")
-    try:
-        # To `re`, a brace that is not a count is text; to `regex`, it may ask for a fuzzy match.
-        brace = r"(?<!\\)((?:\\\\)*)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})"
-        compiled = regex.compile(re.sub(brace, r"\1\\{", at_the_end(pattern)))
-    except (*NOT_A_REGEX, regex.error) as error:
-        problem = f"it is not a regular expression ({error})"
-        raise FormatError(asked, problem, "Write full module names, or correct it") from error
-    hits = []
-    for name in names:
-        left = end - time.thread_time()  # `timeout` counts other threads, too
-        try:
-            if compiled.match(name, timeout=max(left, 1e-6)):
-                hits.append(name)
-        except TimeoutError:
-            what = f"its patterns took more than {MATCH_SECONDS:g} s to match (on '{name[:60]}')"
-            remedy = "Write the pattern without repetition inside repetition, such as (a+)+"
-            raise FormatError(asked, what, remedy) from None
-    return hits
+    return in_time(pattern, list(names), asked, FormatError, end)
 
 
 def is_plain(key: str) -> bool:
