@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import wraps
-from itertools import starmap
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -28,7 +27,7 @@ from lora_inject.core.layers.survey import evaluating
 from lora_inject.core.model.eject import eject
 from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.spec.tables import columns
-from lora_inject.errors import FormatError, StateError, check_type, user_path
+from lora_inject.errors import FormatError, StateError, article, check_type, user_path
 from lora_inject.formats.pickles import DAMAGE
 from lora_inject.trials.batches import Forward, copied, in_one_order, plain_forward
 from lora_inject.trials.losses import Loss, Losses, default_loss, ends_of, scalar_loss
@@ -67,6 +66,12 @@ class Trials:
     Args:
         model: The model. Injected, not copied; without adapters of the trials' names.
         trials: Name to trial; further ones may join later.
+        forward: Runs the model on a joined batch and returns outputs with the same rows. What it
+            computes follows from the batch and from the modes of the model alone: that it gives
+            each trial what it gets alone is seen once for each form of a batch. By default the
+            model is called with the batch, without `labels`.
+        loss: Takes a trial's outputs and its batch and returns a scalar; or a dict from each name
+            to its own. By default it is the loss of the next token, from `logits` and `labels`.
         max_tokens: Largest number of tokens (rows times positions) of one pass. With more, the
             trials run in groups.
         leave_new: As for `inject`: leave weights out that the model's checkpoint lacked.
@@ -75,8 +80,8 @@ class Trials:
         ConfigError: A config is not valid.
         MatchError: A config's pattern matches nothing.
         LayerError: A site cannot be adapted.
-        StateError: There are no trials, a name is in use, or the model is sharded. The model is
-            then unchanged.
+        StateError: There are no trials, a name is in use, a trial has no loss, or the model is
+            sharded. The model is then unchanged.
 
     Attributes:
         model: The model.
@@ -89,10 +94,10 @@ class Trials:
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> rules = {"rank": 2, "targets": ["all-linear"]}
-        >>> trials = Trials(model, {f"lr-{lr}": Trial(rules, lr=lr) for lr in (1e-3, 1e-2)})
-        >>> x, y = torch.ones(3, 4), torch.zeros(3, 2)
-        >>> losses = trials.step((x, y), forward=lambda b: model(b[0]),
+        >>> trials = Trials(model, {f"lr-{lr}": Trial(rules, lr=lr) for lr in (1e-3, 1e-2)},
+        ...     forward=lambda b: model(b[0]),
         ...     loss=lambda out, b: nn.functional.mse_loss(out, b[1]))
+        >>> losses = trials.step((torch.ones(3, 4), torch.zeros(3, 2)))
         >>> sorted(losses)
         ['lr-0.001', 'lr-0.01']
     """
@@ -102,6 +107,8 @@ class Trials:
         model: nn.Module,
         trials: Mapping[str, Trial],
         *,
+        forward: Forward | None = None,
+        loss: Losses | None = None,
         max_tokens: int | None = None,
         leave_new: bool = False,
     ) -> None:
@@ -110,11 +117,20 @@ class Trials:
             raise StateError("Trials", "no trial is given", "Give a mapping of names to Trial")
         if max_tokens is not None:
             check_type("Trials, max_tokens", max_tokens, int, "Give a whole number, or None")
+        for what, given, fits in (
+            ("forward", forward, callable(forward)),
+            ("loss", loss, callable(loss) or isinstance(loss, Mapping)),
+        ):
+            if given is not None and not fits:
+                problem = f"it is {article(type(given).__name__)}"
+                raise StateError(f"Trials, {what}", problem, "Give a function; see help(Trials)")
         self.model = model
         self.max_tokens = max_tokens
         self.leave_new = leave_new
         self._runs: dict[str, Run] = {}
         self._turn = threading.RLock()
+        self._forward, self._loss = forward or plain_forward(model), loss
+        self._loss_by_name: dict[str, Loss] = {}
         self._put_on(trials)
 
     @property
@@ -150,7 +166,7 @@ class Trials:
     # ------------------------------------------------------------------------ joining and leaving
 
     @_one_at_a_time
-    def add(self, name: str, trial: Trial) -> None:
+    def add(self, name: str, trial: Trial, *, loss: Loss | None = None) -> None:
         """Let a trial join, with steps of its own from 0.
 
         Gradients of the others that no step has taken stay. What is active on the model stays
@@ -159,6 +175,7 @@ class Trials:
         Args:
             name: Of the trial, and of its adapter. `swap_adapter` gives it the values of another.
             trial: The trial.
+            loss: Of this trial; by default as it was given to `Trials`.
 
         Raises:
             ConfigError: The config is not valid.
@@ -166,16 +183,30 @@ class Trials:
             LayerError: A site cannot be adapted.
             StateError: As for `Trials`. Everything is then as it was.
         """
-        self._put_on({name: trial})
+        self._put_on({name: trial}, loss)
 
-    def _put_on(self, trials: Mapping[str, Trial]) -> None:
+    def _put_on(self, trials: Mapping[str, Trial], loss: Losses | None = None) -> None:
         """Put trials onto the model, all or none."""
+        losses = {name: self._loss_of(name, loss) for name in trials}
         for name, trial in trials.items():
             check_type(f"trial {name!r}", trial, Trial, "Give Trial(config, lr=1e-3)")
         self._check_unchanged(self.running)
         self._runs |= put_on(self.model, trials, self.running, leave_new=self.leave_new)
-        # Forwards are seen anew: there are other adapters.
-        self._passes = Passes(self.model, self._runs, self.max_tokens)
+        self._loss_by_name |= losses
+        # The forward is seen anew: there are other adapters.
+        self._passes = Passes(self.model, self._runs, self._forward, self.max_tokens)
+
+    def _loss_of(self, name: str, loss: Losses | None) -> Loss:
+        """Return the loss of a trial that joins."""
+        loss = self._loss if loss is None else loss
+        if loss is None:
+            return default_loss(self.model)
+        if not isinstance(loss, Mapping):
+            return loss
+        if name not in loss:
+            remedy = "Give one for each trial, or one function for all"
+            raise StateError(f"loss of trial {name!r}", "there is none of that name", remedy)
+        return loss[name]
 
     @_one_at_a_time
     def drop(self, name: str) -> None:
@@ -186,18 +217,12 @@ class Trials:
         """
         self._check_known([name], f"drop {name!r}")
         eject(self.model, name)
-        del self._runs[name]
+        del self._runs[name], self._loss_by_name[name]
 
     # ----------------------------------------------------------------------------------- a step
 
     @_one_at_a_time
-    def step(
-        self,
-        batch: Any,
-        *,
-        forward: Forward | None = None,
-        loss: Losses | None = None,
-    ) -> dict[str, float]:
+    def step(self, batch: Any) -> dict[str, float]:
         """Train every running trial for one step.
 
         Args:
@@ -205,12 +230,7 @@ class Trials:
                 A batch is a tensor, or a dict or tuple of tensors, with one row for each example;
                 a dict with the name of a trial, or in which there are dicts or tuples, is by name.
                 The trials' rows may differ in length: shorter ones are padded with zeros at their
-                end, and `loss` gets the outputs without padding.
-            forward: Runs the model on a joined batch and returns outputs with the same rows. By
-                default the model is called with the batch, without `labels`.
-            loss: Takes a trial's outputs and its batch and returns a scalar; or a dict from each
-                name to its own. By default it is the loss of the next token, from `logits` and
-                `labels`.
+                end, and the loss gets the outputs without padding.
 
         Returns:
             Name to loss. A trial whose loss or gradient is not finite is not stepped and is in
@@ -221,25 +241,19 @@ class Trials:
                 rows.
         """
         with ExitStack() as undo:
-            losses = self._add_gradients(self._by_trial(batch), forward, loss, undo)
+            losses = self._add_gradients(self._by_trial(batch), undo)
             self._update([n for n in losses if not self._runs[n].stopped], None, undo)
             undo.pop_all()
         return losses
 
     @_one_at_a_time
-    def forward_backward(
-        self,
-        batches: Mapping[str, Any],
-        *,
-        forward: Forward | None = None,
-        loss: Losses | None = None,
-    ) -> dict[str, float]:
+    def forward_backward(self, batches: Mapping[str, Any]) -> dict[str, float]:
         """Add to the gradients of some trials, in one pass of the base, and take no step.
+
+        The gradients of several calls add up, as those of `backward` do.
 
         Args:
             batches: Name to batch, for one trial or several; see `step`.
-            forward: As for `step`.
-            loss: As for `step`. The gradients of several calls add up, as those of `backward` do.
 
         Returns:
             Name to loss. A trial whose loss is not finite is in `stopped` afterwards.
@@ -252,7 +266,7 @@ class Trials:
         check_type(asked, batches, Mapping, "Give a dict from names to batches")
         self._check_running(batches, asked)
         with ExitStack() as undo:
-            losses = self._add_gradients(in_one_order(batches), forward, loss, undo)
+            losses = self._add_gradients(in_one_order(batches), undo)
             undo.pop_all()
         return losses
 
@@ -293,26 +307,19 @@ class Trials:
             undo.pop_all()
         return norms
 
-    def _add_gradients(
-        self,
-        batches: Mapping[str, Any],
-        forward: Forward | None,
-        loss: Losses | None,
-        undo: ExitStack,
-    ) -> dict[str, float]:
+    def _add_gradients(self, batches: Mapping[str, Any], undo: ExitStack) -> dict[str, float]:
         """Add to the gradients of some trials, and stop those without a finite loss.
 
         What is put on `undo` leaves all as it was.
         """
         self._check_unchanged(batches)
-        call, of_trial = forward or plain_forward(self.model), self._losses(batches, loss)
         runs = [self._runs[name] for name in batches]
         for run in runs:
             undo.callback(run.undo())
         before = [(p, p.grad) for run in runs for p in run.parameters]
         for run in runs:
             run.forget_gradient()
-        values = self._gradients(batches, call, of_trial)
+        values = self._gradients(batches)
         for parameter, grad in before:
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
@@ -323,12 +330,7 @@ class Trials:
                 run.stop(f"its loss is {value} at step {run.n_steps}", value)
         return values
 
-    def _gradients(
-        self,
-        batches: Mapping[str, Any],
-        forward: Forward,
-        loss: Callable[[str, Any], Tensor],
-    ) -> dict[str, float]:
+    def _gradients(self, batches: Mapping[str, Any]) -> dict[str, float]:
         """Compute the gradients of some trials; a loss that is not finite has none.
 
         Where the losses of a pass lead to different outputs, such as two heads, its trials run in
@@ -336,13 +338,13 @@ class Trials:
         decay moves it.
         """
         values: dict[str, float] = {}
-        for outputs in self._passes.outputs(batches, forward, drops=True):
-            losses = {name: loss(name, mine) for name, mine in outputs.items()}
+        for outputs in self._passes.outputs(batches, drops=True):
+            losses = {n: self._value(n, mine, batches[n]) for n, mine in outputs.items()}
             if len({ends_of(value, outputs) for value in losses.values()}) > 1:
                 names = [*losses]
                 del outputs, losses
                 for name in names:
-                    values |= self._gradients({name: batches[name]}, forward, loss)
+                    values |= self._gradients({name: batches[name]})
                 continue
             del outputs  # of the size of the logits
             values |= zip(losses, _numbers(losses.values()), strict=True)
@@ -357,21 +359,9 @@ class Trials:
                 raise StateError(f"loss of trial {name!r}", what, remedy)
         return values
 
-    def _losses(
-        self, batches: Mapping[str, Any], loss: Losses | None
-    ) -> Callable[[str, Any], Tensor]:
-        """Return what gives the loss of a trial, by its outputs."""
-        loss = default_loss(self.model) if loss is None else loss
-        if isinstance(loss, Mapping):
-            for name in batches.keys() - loss.keys():
-                remedy = "Give one for each batch, or one function for all"
-                raise StateError(f"loss of trial {name!r}", "there is none of that name", remedy)
-
-        def of_trial(name: str, outputs: Any) -> Tensor:
-            own: Loss = loss[name] if isinstance(loss, Mapping) else loss
-            return scalar_loss(own, outputs, copied(batches[name]), name)
-
-        return of_trial
+    def _value(self, name: str, outputs: Any, batch: Any) -> Tensor:
+        """Return the loss of a trial, by its outputs."""
+        return scalar_loss(self._loss_by_name[name], outputs, copied(batch), name)
 
     def _update(self, names: Iterable[str], lr: float | None, undo: ExitStack) -> dict[str, float]:
         """Step some trials, and stop those without a finite gradient.
@@ -441,30 +431,21 @@ class Trials:
 
     @_one_at_a_time
     @torch.no_grad()
-    def evaluate(
-        self,
-        batch: Any,
-        *,
-        forward: Forward | None = None,
-        loss: Losses | None = None,
-    ) -> dict[str, float]:
+    def evaluate(self, batch: Any) -> dict[str, float]:
         """Return and store each running trial's loss on held-out rows, without dropout.
 
         Args:
             batch: As for `step`; a dict from names to batches may leave trials out.
-            forward: As for `step`.
-            loss: As for `step`.
 
         Returns:
             Name to loss, which `best` and `table` also use.
         """
         batches = self._by_trial(batch, all_of_them=False)
-        call, of_trial = forward or plain_forward(self.model), self._losses(batches, loss)
-
         losses: dict[str, float] = {}
         with evaluating(self.model):
-            for outputs in self._passes.outputs(batches, call, drops=False):
-                losses |= zip(outputs, _numbers(starmap(of_trial, outputs.items())), strict=True)
+            for outputs in self._passes.outputs(batches, drops=False):
+                each = [self._value(n, mine, batches[n]) for n, mine in outputs.items()]
+                losses |= zip(outputs, _numbers(each), strict=True)
         for name, value in losses.items():
             self._runs[name].held_out = value
         return losses
@@ -515,11 +496,12 @@ class Trials:
         return write_file(user_path("save trials", path), content.getvalue(), overwrite=True)
 
     @_one_at_a_time
-    def load(self, path: str | PathLike[str]) -> list[str]:
+    def load(self, path: str | PathLike[str], *, loss: Losses | None = None) -> list[str]:
         """Let saved trials join. Each continues bit for bit where it is stepped alone.
 
         Args:
             path: A file that `save` wrote.
+            loss: As for `add`, or a dict from each name to its own.
 
         Returns:
             Their names.
@@ -529,7 +511,7 @@ class Trials:
             StateError: A name is in use, or as for `Trials`. Everything is then as it was.
         """
         held = _held_in(path)
-        self._put_on(_trials_of(held))
+        self._put_on(_trials_of(held), loss)
         self._restore(held, path)
         return [*held["runs"]]
 
@@ -549,19 +531,28 @@ class Trials:
             raise
 
     @classmethod
-    def resume(cls, model: nn.Module, path: str | PathLike[str]) -> Self:
+    def resume(
+        cls,
+        model: nn.Module,
+        path: str | PathLike[str],
+        *,
+        forward: Forward | None = None,
+        loss: Losses | None = None,
+    ) -> Self:
         """Put saved trials onto a model. Training continues bit for bit.
 
         Args:
             model: The base, as it was before the trials.
             path: A file that `save` wrote.
+            forward: As for `Trials`; a file holds none.
+            loss: As for `Trials`; a file holds none.
 
         Raises:
             FormatError: `save` did not write the file, or wrote it with another base.
         """
         held = _held_in(path)
         options = {option: held["options"][option] for option in _OPTIONS}
-        new = cls(model, _trials_of(held), **options)
+        new = cls(model, _trials_of(held), forward=forward, loss=loss, **options)
         new._restore(held, path)
         return new
 

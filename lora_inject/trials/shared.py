@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from lora_inject.trials.batches import Form, Forward, Joined, joined_batch, leav
 from lora_inject.trials.run import Run, Sites
 
 MOST_KNOWN = 64
-"""Forwards that are remembered: one that holds a tensor of its step is another one each time."""
+"""Forms of batches that are remembered: one with a number of its step is another one each time."""
 Lengths = dict[nn.Module, tuple[int, tuple[int, ...]]]
 """For each layer what it got for each row in the first pass, and the widths of that batch."""
 
@@ -180,25 +179,12 @@ def told_by(batch: Any) -> tuple[Any, list[Any]]:
     return (repr(form), *values), objects
 
 
-def parts_of(forward: Any) -> list[Any]:
-    """Return what tells a forward from others; made anew of the same parts it is the same."""
-    if isinstance(forward, partial):
-        given = [*forward.args, *forward.keywords, *forward.keywords.values()]
-        return [*parts_of(forward.func), *given]
-    code = getattr(forward, "__code__", None)
-    if code is None:
-        return [forward]
-    named = (forward.__kwdefaults__ or {}).values()
-    held = [getattr(forward, "__self__", None), *(forward.__defaults__ or ()), *named]
-    return [code, *held, *(cell.cell_contents for cell in forward.__closure__ or ())]
-
-
 @dataclass
 class _Known:
-    """What was observed of a forward.
+    """What was observed of the forward with batches of one form.
 
     Attributes:
-        parts: Of the forward and the batch; kept, so that no other object gets the address of one.
+        objects: Of the batch; kept, so that no other object gets the address of one.
         in_turn: Whether trials run in turn.
         sites: Where those that were looked at have their tensors.
         form: Of the outputs; None before it was seen.
@@ -206,7 +192,7 @@ class _Known:
         moved: The buffers of the base that it moves in training; None before it was seen.
     """
 
-    parts: list[Any]
+    objects: list[Any]
     in_turn: bool = False
     sites: set[Sites] = field(default_factory=set)
     form: Form | None = None
@@ -220,33 +206,33 @@ class Passes:
     Args:
         model: The model, with the adapters of the trials.
         runs: The trials by name.
+        forward: As for `Trials`.
         max_tokens: As for `Trials`.
     """
 
-    def __init__(self, model: nn.Module, runs: Mapping[str, Run], max_tokens: int | None) -> None:
-        self.model, self.runs, self.max_tokens = model, runs, max_tokens
+    def __init__(
+        self, model: nn.Module, runs: Mapping[str, Run], forward: Forward, max_tokens: int | None
+    ) -> None:
+        self.model, self.runs, self.forward, self.max_tokens = model, runs, forward, max_tokens
         self._modules = [*model.modules()]
         self._numbers = {module: i for i, module in enumerate(self._modules)}
         self._known: dict[Any, _Known] = {}
 
-    def outputs(
-        self, batches: Mapping[str, Any], forward: Forward, *, drops: bool
-    ) -> Iterator[dict[str, Any]]:
+    def outputs(self, batches: Mapping[str, Any], *, drops: bool) -> Iterator[dict[str, Any]]:
         """Yield the outputs of each trial, those of one pass together.
 
         Args:
             batches: By trial.
-            forward: Runs the model on a joined batch.
             drops: Whether dropout of the adapters acts.
         """
         whole = joined_batch(batches)
-        known = self._known_of(batches, whole, forward, drops=drops)
+        known = self._known_of(batches, whole, drops=drops)
         groups = [*self._groups(batches, known)]
         while groups:
             group = groups.pop(0)
             of = whole if len(group) == len(batches) else joined_batch(group)
             try:
-                made = self._pass(of, forward, known, drops=drops)
+                made = self._pass(of, known, drops=drops)
             except LayerError as error:
                 if len(group) == 1:
                     raise
@@ -269,22 +255,22 @@ class Passes:
             tokens += size
         yield group
 
-    def _pass(self, of: Joined, forward: Forward, known: _Known, *, drops: bool) -> Any:
+    def _pass(self, of: Joined, known: _Known, *, drops: bool) -> Any:
         """Return the outputs of a pass, in which a base that draws does it by trial."""
         seeds = {n: hash((self.runs[n].trial.seed, self.runs[n].n_passes)) for n in of.sizes}
         rows = self._rows(of, known, seeds if drops else None)
         alone = drops and rows.lone is not None
         with self._random_kept(*seeds.values()) if alone else nullcontext():
-            return self._run(of, forward, rows)
+            return self._run(of, rows)
 
     def _rows(self, of: Joined, known: _Known, seeds: Mapping[str, int] | None = None) -> TrialRows:
         """Return the rows of a pass; without seeds no dropout acts."""
         return TrialRows(of, seeds, self._numbers, known.lengths)
 
-    def _run(self, of: Joined, forward: Forward, selected: Selected) -> Any:
+    def _run(self, of: Joined, selected: Selected) -> Any:
         """Run the base once, and return its outputs."""
         with selecting(self.model, selected, "Trials.step"):
-            return forward(of.batch)
+            return self.forward(of.batch)
 
     @contextmanager
     def _random_kept(self, seed: int | None = None) -> Iterator[None]:
@@ -302,20 +288,17 @@ class Passes:
 
     # --------------------------------------------------------------------------------- the referee
 
-    def _known_of(
-        self, batches: Mapping[str, Any], of: Joined, forward: Forward, *, drops: bool
-    ) -> _Known:
-        """Return what is known of a forward, after a look at trials on sites that are new."""
+    def _known_of(self, batches: Mapping[str, Any], of: Joined, *, drops: bool) -> _Known:
+        """Return what is known of such a batch, after a look at trials on sites that are new."""
         modes = tuple(module.training for module in self._modules)
         values, objects = told_by(of.batch)
         uneven = len(set(of.lengths.values())) > 1
-        parts = [*parts_of(forward), *objects]
-        key = (*map(id, parts), modes, values, uneven)
-        known = self._known.setdefault(key, _Known(parts))
+        key = (*map(id, objects), modes, values, uneven)
+        known = self._known.setdefault(key, _Known(objects))
         if len(self._known) > MOST_KNOWN:
             self._known.pop(next(iter(self._known)))
         if drops and len(self.runs) > 1:
-            self._check_still(known, batches, forward)
+            self._check_still(known, batches)
         if len(batches) == 1 or known.in_turn:
             return known
         new = {sites: n for n in batches if (sites := self.runs[n].sites) not in known.sites}
@@ -324,13 +307,13 @@ class Passes:
         names = dict.fromkeys([*new.values(), *batches])
         some = {name: batches[name] for name in [*names][: max(2, len(new))]}
         with torch.no_grad(), _buffers_kept(self.model), self._random_kept():
-            problem = self._why_not(some, forward, known)
+            problem = self._why_not(some, known)
         if problem:
             self._let_run_in_turn(known, problem)
         known.sites |= new.keys()
         return known
 
-    def _check_still(self, known: _Known, batches: Mapping[str, Any], forward: Forward) -> None:
+    def _check_still(self, known: _Known, batches: Mapping[str, Any]) -> None:
         """Refuse a base whose buffers move in training: the trials would share them.
 
         Each would be judged with what the others left in the statistics of BatchNorm.
@@ -338,7 +321,7 @@ class Passes:
         if known.moved is None:
             one = dict([next(iter(batches.items()))])
             with torch.no_grad(), _buffers_kept(self.model) as moved, self._random_kept():
-                self._pass(joined_batch(one), forward, known, drops=False)
+                self._pass(joined_batch(one), known, drops=False)
             known.moved = moved
         if known.moved:
             problem = f"its forward moves {known.moved[0]!r} of the base, which all trials share"
@@ -349,12 +332,12 @@ class Passes:
         known.in_turn, known.form = True, None
         warnings.warn(f"trials run in turn: {problem}", stacklevel=2)
 
-    def _why_not(self, some: Mapping[str, Any], forward: Forward, known: _Known) -> str:
+    def _why_not(self, some: Mapping[str, Any], known: _Known) -> str:
         """Say why trials cannot share a pass; "" if each gets in it what it gets alone."""
         try:
-            unlike = self._unlike(some, forward, known, marked=False)
+            unlike = self._unlike(some, known, marked=False)
             for short in range(2):
-                unlike = unlike or self._unlike_with(_others(some, short), forward, known)
+                unlike = unlike or self._unlike_with(_others(some, short), known)
         except (LoraInjectError, RuntimeError, ValueError) as error:
             return str(error)
         if unlike is None:
@@ -364,31 +347,27 @@ class Passes:
             "rows, draws random numbers, or needs a mask for padding"
         )
 
-    def _unlike_with(
-        self, choices: Sequence[Mapping[str, Any]], forward: Forward, known: _Known
-    ) -> str | None:
+    def _unlike_with(self, choices: Sequence[Mapping[str, Any]], known: _Known) -> str | None:
         """Return the same with marks, for the first of some batches that the base takes."""
         *others, given = choices
         for batches in others:
             try:
-                return self._unlike(batches, forward, known, marked=True)
+                return self._unlike(batches, known, marked=True)
             except LayerError:
                 raise
             except Exception:  # noqa: BLE001, S112 - the base refuses such rows
                 continue
-        return self._unlike(given, forward, known, marked=True)
+        return self._unlike(given, known, marked=True)
 
-    def _unlike(
-        self, batches: Mapping[str, Any], forward: Forward, known: _Known, *, marked: bool
-    ) -> str | None:
+    def _unlike(self, batches: Mapping[str, Any], known: _Known, *, marked: bool) -> str | None:
         """Return a trial whose outputs beside the others are not those of its batch alone."""
         whole = joined_batch(batches)
         rows, alone = self._rows(whole, known), {}
-        outputs = self._run(whole, forward, Marked(rows) if marked else rows)
+        outputs = self._run(whole, Marked(rows) if marked else rows)
         for name, batch in batches.items():
             of = joined_batch({name: batch})
             mine = Marked(rows, row_of(name)) if marked else self._rows(of, known)
-            alone[name] = self._run(of, forward, mine)
+            alone[name] = self._run(of, mine)
         if known.form is None:
             known.form = Form.seen(outputs, alone, whole)
         form, together = known.form, known.form.parted(outputs, whole)

@@ -143,12 +143,11 @@ def test_a_trial_with_dropout_trains_as_it_does_alone() -> None:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(96, 160)).to(DEVICE).train()
         config = {"rank": 4, "targets": ["0"], "dropout": 0.3}
-        running = li.Trials(net, {n: li.Trial(config, lr=1e-2, seed=ord(n)) for n in names})
+        trials = {n: li.Trial(config, lr=1e-2, seed=ord(n)) for n in names}
+        running = li.Trials(net, trials, loss=lambda out, _: out.square().mean())
         for step in range(3):
             x = torch.randn(8, 96, generator=torch.Generator().manual_seed(step)).to(DEVICE)
-            batches = dict.fromkeys(names, x)
-            loss = lambda out, _: out.square().mean()  # noqa: E731
-            running.step(batches, forward=net, loss=loss, by_name=True)
+            running.step(dict.fromkeys(names, (x,)))
         return {
             n: [p.detach().cpu() for p in li.adapter_parameters(net, n).values()] for n in names
         }

@@ -193,20 +193,18 @@ X = torch.ones(2, 4)
 def _trials() -> li.Trials:
     """Some trials after a step, with gradients of two that no other step has taken."""
     torch.manual_seed(0)
-    trials = li.Trials(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double().eval(), TRIALS)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double().eval()
+    trials = li.Trials(model, TRIALS, loss=lambda out, b: out.square().mean() * b[0, 0])
     _step(trials)
     for name in ("clipped", "plain"):
-        trials.forward_backward({name: X.double()}, loss=lambda out, _: out.square().mean())
+        trials.forward_backward({name: X.double()})
     return trials
 
 
 def _step(trials: li.Trials) -> None:
-    def loss(out: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        return out.square().mean() * batch[0, 0]
-
     batch = X.double()
     nan = batch * torch.nan if trials.n_steps["plain"] else batch
-    trials.step({n: nan if n == "diverged" else batch for n in trials.running}, loss=loss)
+    trials.step({n: nan if n == "diverged" else batch for n in trials.running})
 
 
 def _both(trials: li.Trials) -> None:

@@ -81,22 +81,22 @@ def test_tenants_have_losses_of_their_own_in_one_pass() -> None:
         "bob": lambda out, _: out.logits[:, -1].abs().mean(),
         "cy": li.causal_loss,
     }
-    run = tenants(*losses)
+    run = tenants("ann", "bob", loss={name: losses[name] for name in ("ann", "bob")})
+    with refused(li.StateError, "loss of trial 'cy'", model=run.model):
+        run.add("cy", TENANTS["cy"])
+    run.add("cy", TENANTS["cy"], loss=losses["cy"])
     for step in range(3):
-        given = {name: rows(name, step) for name in losses}
-        run.forward_backward(given, loss=losses)
+        run.forward_backward({name: rows(name, step) for name in losses})
         run.optimizer_step(list(losses))
-    with refused(li.StateError, "loss of trial"):
-        run.forward_backward(given, loss={"ann": losses["ann"]})
-    held_out = run.evaluate({name: rows(name, 9) for name in losses}, loss=losses)
+    held_out = run.evaluate({name: rows(name, 9) for name in losses})
     for name, loss in losses.items():
-        single = tenants(name)
+        single = tenants(name, loss=loss)
         for step in range(3):
-            single.forward_backward({name: rows(name, step)}, loss=loss)
+            single.forward_backward({name: rows(name, step)})
             single.optimizer_step(name)
         check_equal(run.model, values(single.model, name), name)
         assert run.losses[name] == pytest.approx(single.losses[name], rel=1e-12)
-        alone_again = single.evaluate({name: rows(name, 9)}, loss=loss)
+        alone_again = single.evaluate({name: rows(name, 9)})
         assert held_out[name] == pytest.approx(alone_again[name], rel=1e-12)
 
 
@@ -174,16 +174,17 @@ def test_a_rate_for_one_step_takes_the_place_of_the_schedule() -> None:
 
 
 def test_an_evaluation_and_a_pass_that_fails_leave_the_gradients_that_wait_as_they_were() -> None:
-    run = tenants("ann", "bob", max_tokens=8)  # a group for each
+    fails = [True]
 
     def loss(out: Any, batch: Any) -> torch.Tensor:
-        if len(batch["labels"]) == ROWS["bob"]:
-            raise RuntimeError("of bob")
+        if fails and len(batch["labels"]) == ROWS["bob"]:
+            raise RuntimeError(f"of bob: {fails.pop()}")
         return li.causal_loss(out, batch)
 
+    run = tenants("ann", "bob", max_tokens=8, loss=loss)  # a group for each
     run.forward_backward({"ann": rows("ann", 0)})
     with pytest.raises(RuntimeError, match="of bob"):
-        run.forward_backward({"ann": rows("ann", 5), "bob": rows("bob", 5)}, loss=loss)
+        run.forward_backward({"ann": rows("ann", 5), "bob": rows("bob", 5)})
     run.forward_backward({"bob": rows("bob", 0)})
     losses = run.evaluate({"bob": rows("bob", 5)})
     assert run.held_out == losses

@@ -53,18 +53,23 @@ class Run(NamedTuple):
     n_steps: int = 4
     within: float = 1e-12
 
+    def how(self, model: nn.Module) -> dict[str, Any]:
+        """What trials on a model are given besides: its forward and its loss."""
+        given = {"forward": self.forward, "loss": self.loss}
+        return {key: each and partial(each, model) for key, each in given.items()}
+
 
 def hold(run: Run, stop_at: int = 0, folder: Path | None = None) -> None:
     """Train together, save and resume before one of the steps, and compare with plain loops."""
-    running = Trials(run.make(), run.trials, **run.options)
+    model = run.make()
+    running = Trials(model, run.trials, **run.how(model), **run.options)
     for step in range(run.n_steps):
         if stop_at and step == stop_at:
-            running = Trials.resume(run.make(), running.save(folder / "run.pt"))
-        model = running.model
+            model = run.make()
+            path = running.save(folder / "run.pt")
+            running = Trials.resume(model, path, **run.how(model))
         run.before(model, step)
-        loss = None if run.loss is None else partial(run.loss, model)
-        forward = None if run.forward is None else partial(run.forward, model)
-        running.step(run.data(running.trials, step), forward=forward, loss=loss)
+        running.step(run.data(running.trials, step))
     for name, trial in run.trials.items():
         plain = (run.plain or run.make)()
         steps = [[run.data([name], step)[name]] for step in range(run.n_steps)]
@@ -464,10 +469,10 @@ def test_a_resumed_run_has_no_step_of_what_was_left_out(tmp_path: Path) -> None:
 )
 def test_tokens_that_an_expert_picks_go_to_no_other_trial(steps: Any) -> None:
     """Each time the number of an expert's tokens is a multiple of the number of rows."""
-    running, done = Trials(Picking(), EXPERTS), []
+    running, done = Trials(Picking(), EXPERTS, loss=square), []
     for step, each in enumerate(steps):
         batch = {n: of_signs(signs, step) for n, signs in zip(EXPERTS, each, strict=True)}
-        running.step(batch, loss=square)
+        running.step(batch)
         done.append(batch)
     assert {*running.n_steps.values()} == {len(done)}
     for name, trial in EXPERTS.items():
@@ -506,50 +511,24 @@ def layers(*between: nn.Module) -> Any:
     return nn.Sequential(nn.Linear(4, 4), *between, nn.Tanh(), nn.Linear(4, 2)).double().train()
 
 
-def told_by_a_closure(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
-    return lambda b: centered_if(mixes, model(b["x"])), {}
-
-
-def told_by_a_default(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
-    return lambda b, *, mixes=mixes: centered_if(mixes, model(b["x"])), {}
-
-
-def told_by_a_flag(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
-    return lambda b: centered_if(b["flag"], model(b["x"])), {"flag": mixes}
-
-
-def told_by_a_number(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
-    return lambda b: centered_if(b["flag"], model(b["x"])), {"flag": int(mixes)}
-
-
-def told_by_a_scalar(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
-    return lambda b: centered_if(b["flag"], model(b["x"])), {"flag": torch.tensor(mixes)}
-
-
-def told_by_a_name(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
-    other = {"negatives" if mixes else "weights": torch.ones(3, 4)}
-    return lambda b: centered_if("negatives" in b, model(b["x"])), other
-
-
-def told_by_what_is_none(model: nn.Module, mixes: bool) -> tuple[Any, Any]:
-    ones = torch.ones(3, 4)
-    other = {"weights": None if mixes else ones, "negatives": ones if mixes else None}
-    return lambda b: centered_if(b["negatives"] is not None, model(b["x"])), other
-
-
 def centered_if(mixes: Any, out: Tensor) -> Tensor:
     return out - out.mean(0) if mixes else out
 
 
-TOLD = {
-    "a closure": told_by_a_closure,
-    "a default": told_by_a_default,
-    "a flag": told_by_a_flag,
-    "a number": told_by_a_number,
-    "a scalar": told_by_a_scalar,
-    "a name": told_by_a_name,
-    "what is None": told_by_what_is_none,
-}
+ONES = torch.ones(3, 4)
+# What of a batch says whether rows are mixed, and its further entries where they are and are not.
+TOLD: dict[str, tuple[Callable[[Any], Any], Callable[[bool], dict[str, Any]]]] = {
+    "a flag": (lambda b: b["flag"], lambda mixes: {"flag": mixes}),
+    "a number": (lambda b: b["flag"], lambda mixes: {"flag": int(mixes)}),
+    "a scalar": (lambda b: b["flag"], lambda mixes: {"flag": torch.tensor(mixes)}),
+    "a name": (
+        lambda b: "negatives" in b, lambda mixes: {"negatives" if mixes else "weights": ONES},
+    ),
+    "what is None": (
+        lambda b: b["negatives"] is not None,
+        lambda mixes: {"weights": None if mixes else ONES, "negatives": ONES if mixes else None},
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:trials run in turn")
@@ -557,11 +536,11 @@ TOLD = {
 def test_what_may_tell_a_forward_to_mix_rows_is_looked_at_anew(told_by: str) -> None:
     """From the third step on it subtracts the mean of the batch."""
     model, trials, x = layers(), of_ranks("all-linear"), noise(4, 3, 4)
-    running = Trials(model, trials)
+    mixes, further = TOLD[told_by]
+    forward = lambda b: centered_if(mixes(b), model(b["x"]))  # noqa: E731
+    running = Trials(model, trials, forward=forward, loss=square)
     for step, each in enumerate(x):
-        forward, more = TOLD[told_by](model, step > 1)
-        rows = {n: {"x": i * each, **more} for i, n in enumerate("ab", 1)}
-        running.step(rows, forward=forward, loss=square)
+        running.step({n: {"x": i * each, **further(step > 1)} for i, n in enumerate("ab", 1)})
     for i, (name, trial) in enumerate(trials.items()):
         plain = plain_loop(
             layers(), name, trial, [[(1 + i) * each] for each in x], first_square,
@@ -569,6 +548,19 @@ def test_what_may_tell_a_forward_to_mix_rows_is_looked_at_anew(told_by: str) -> 
             lambda m, step: setattr(m, "mixes", step > 1),
         )  # fmt: skip
         check_equal(model, plain, name)
+
+
+def test_a_step_after_the_first_is_one_forward_whatever_its_rows_hold() -> None:
+    """It was eleven where the forward held an object of its step."""
+    model, calls = layers(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    forward = lambda b: model(b["x"] + b["features"])  # noqa: E731
+    running = Trials(model, of_ranks("all-linear"), forward=forward, loss=square)
+    for step in range(3):
+        rows = {n: {"x": noise(3, 4), "features": torch.full((3, 4), step + 1.0)} for n in "ab"}
+        running.step(rows)
+        assert step == 0 or len(calls) == 1
+        calls.clear()
 
 
 class Complex(nn.Module):
@@ -596,9 +588,9 @@ def test_outputs_of_complex_numbers_are_looked_at() -> None:
 
 def test_a_lone_trial_moves_the_statistics_of_batchnorm_as_a_plain_loop_does() -> None:
     trial, x = of_ranks("all-linear")["a"], noise(3, 5, 4)
-    running = Trials(layers(nn.BatchNorm1d(4)), {"a": trial})
+    running = Trials(layers(nn.BatchNorm1d(4)), {"a": trial}, loss=square)
     for each in x:
-        running.step({"a": each}, loss=square)
+        running.step({"a": each})
     steps = [[each] for each in x]
     alone = plain_loop(layers(nn.BatchNorm1d(4)), "a", trial, steps, first_square)
     check_equal(running.model, alone, "a")
@@ -622,10 +614,11 @@ class Generator(TorchDispatchMode):
 def test_the_dropout_of_trials_leaves_the_generator_of_the_process_alone() -> None:
     """Another thread that draws meanwhile would get a trial's numbers, and move them."""
     rule = {"rank": 1, "dropout": 0.3, "targets": ["all-linear"]}
-    running = Trials(layers(), {n: Trial(rule, lr=1e-2, seed=ord(n)) for n in "ab"})
-    running.step(noise(3, 4), loss=square)
+    two = {n: Trial(rule, lr=1e-2, seed=ord(n)) for n in "ab"}
+    running = Trials(layers(), two, loss=square)
+    running.step(noise(3, 4))
     with Generator() as seen:
-        running.step(noise(3, 4), loss=square)
+        running.step(noise(3, 4))
     assert not seen.moved
 
 
@@ -642,14 +635,14 @@ def test_in_16_bits_a_trial_equals_the_same_run_alone(autocast: bool, compute: s
 
     def run(some: dict[str, Trial]) -> Trials:
         model = tiny_llama(vocab_size=31).train()
-        running = Trials(model if autocast else model.bfloat16(), some)
 
         def forward(batch: Any) -> Any:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 return model(batch["input_ids"])
 
+        running = Trials(model if autocast else model.bfloat16(), some, forward=forward)
         for step in range(3):
-            running.step(batches(some, step, {}), forward=forward)
+            running.step(batches(some, step, {}))
         return running
 
     check_each(run, trials, 0.05)
@@ -658,7 +651,6 @@ def test_in_16_bits_a_trial_equals_the_same_run_alone(autocast: bool, compute: s
 def test_a_derivative_within_a_loss_adds_to_no_gradient() -> None:
     models = []
     for inner in (False, True):
-        running = Trials(Heads(), {n: Trial(RULES, lr=1e-2) for n in "ab"})
         rows = {n: torch.ones(2, 4, dtype=torch.float64, requires_grad=True) for n in "ab"}
 
         def loss(out: Any, batch: Tensor, inner: bool = inner) -> Tensor:
@@ -666,8 +658,9 @@ def test_a_derivative_within_a_loss_adds_to_no_gradient() -> None:
                 torch.autograd.grad(out[0].sum(), batch, retain_graph=True)
             return square(torch.cat(out))
 
+        running = Trials(Heads(), {n: Trial(RULES, lr=1e-2) for n in "ab"}, loss=loss)
         for _ in range(2):
-            running.step(rows, loss=loss)
+            running.step(rows)
         models.append(running.model)
     for name in "ab":
         check_equal(models[0], models[1], name, 0.0)
@@ -720,7 +713,8 @@ def test_a_trial_with_nan_is_stopped_and_changes_no_other(case: str, where: str)
         return li.causal_loss(out, batch) + (zero.sqrt() if wild else 0)
 
     def run(some: dict[str, Trial]) -> Trials:
-        running = Trials(in_float64(make), some)
+        model = in_float64(make)
+        running = Trials(model, some, forward=partial(without_cache, model), loss=loss)
         for step in range(3):
             rows = batches(running.running, step, {})
             if "b" in rows and step == 1:
@@ -729,7 +723,7 @@ def test_a_trial_with_nan_is_stopped_and_changes_no_other(case: str, where: str)
                 spoilt = li.adapter_parameters(running.model, "b").values()
                 for parameter in spoilt if where == "forward" else ():
                     parameter.data.fill_(float("nan"))
-            running.step(rows, forward=partial(without_cache, running.model), loss=loss)
+            running.step(rows)
         return running
 
     together = check_each(run, trials, 1e-11)

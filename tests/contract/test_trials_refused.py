@@ -124,11 +124,11 @@ def test_each_trial_whose_rows_meet_others_runs_as_alone(case: str, before: str)
     rows = rows.double() if rows.is_floating_point() else rows
     given = trials(a=of_a, b=of_b)
     other = rows.flip(0) * (2 if rows.is_floating_point() else 1)
-    running = Trials(seeded(make), given)
+    running = Trials(seeded(make), given, loss=square)
     if before == "an evaluation":  # whose own check hides nothing
-        running.evaluate(rows, loss=square)
+        running.evaluate(rows)
     for each in ({"a": (rows,), "b": (rows,)}, {"a": (rows,), "b": (other,)}):
-        running.step(each, loss=square)
+        running.step(each)
     for name in given:
         mine = [[rows], [rows if name == "a" else other]]
         alone = plain_loop(seeded(make), name, given[name], mine, lambda _, out, __: square(out))
@@ -137,9 +137,9 @@ def test_each_trial_whose_rows_meet_others_runs_as_alone(case: str, before: str)
 
 def test_a_base_that_draws_numbers_draws_those_of_each_trial_alone() -> None:
     def run(some: dict[str, Trial]) -> Trials:
-        running = Trials(seeded(lambda: after(nn.Dropout(0.5))), some)
+        running = Trials(seeded(lambda: after(nn.Dropout(0.5))), some, loss=square)
         for _ in range(3):
-            running.step(ROWS.double(), loss=square)
+            running.step(ROWS.double())
         return running
 
     with pytest.warns(match="trials run in turn"):
@@ -152,31 +152,32 @@ def test_a_base_that_draws_numbers_draws_those_of_each_trial_alone() -> None:
 def test_trials_do_not_share_statistics_that_their_forwards_move(at_once: bool) -> None:
     """In eval mode each would be judged with what the others left in BatchNorm's."""
     norm = nn.BatchNorm1d(4)
-    running = Trials(seeded(lambda: nn.Sequential(nn.Linear(4, 4), norm)), TWO)
+    running = Trials(seeded(lambda: nn.Sequential(nn.Linear(4, 4), norm)), TWO, loss=square)
     batch = (ROWS.double(),)
     with untouched(running, "'1.running_mean'"):
         if at_once:
-            running.step(batch, loss=square)
+            running.step(batch)
         else:
-            running.forward_backward({"a": batch}, loss=square)
+            running.forward_backward({"a": batch})
     assert not norm.running_mean.any()
     running.drop("b")
-    running.step(batch, loss=square)
+    running.step(batch)
     assert norm.running_mean.any()
 
 
 def test_rows_without_a_mask_of_padding_run_in_turn() -> None:
     """With a mask they share a pass, without a word."""
     model = of_bert().double()
-    running, rows = Trials(model, BERT_TRIALS), batches(BERT_TRIALS, 0, {})
+    running = Trials(model, BERT_TRIALS, loss=lambda out, _: square(out.logits))
+    rows = batches(BERT_TRIALS, 0, {})
     for i, (name, batch) in enumerate(rows.items()):
         ids = batch["input_ids"][:, : 4 + i]
         rows[name] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    running.step(rows, loss=lambda out, _: square(out.logits))
+    running.step(rows)
     for batch in rows.values():
         del batch["attention_mask"]
     with pytest.warns(match="trials run in turn"):
-        running.step(rows, loss=lambda out, _: square(out.logits))
+        running.step(rows)
 
 
 # ------------------------------------------------------------------- steps that would be wrong
@@ -226,9 +227,6 @@ WRONG = {
     "a loss of each row": Wrong(("(2,)", "mean"), loss=lambda out, _: out[:, 0]),
     "a loss without a gradient": Wrong(("gradient",), loss=lambda out, _: out.detach().sum()),
     "a loss that leaves a trial out": Wrong(("'b'",), detached, targets=("all-linear", "0")),
-    "the loss of the next token for another model": Wrong(
-        ("BertForSequenceClassification", "loss="), of_bert, loss=None
-    ),
     "labels of another length": of_tokens("'b'", "(2, 7", "12", b=shorter),
     "labels that are all too short": of_tokens("labels", a=shorter, b=shorter),
     "labels that are no tokens": of_tokens("'b'", "31", b=lambda ids: ids + 31),
@@ -239,15 +237,22 @@ WRONG = {
 }
 
 
+def test_the_loss_of_the_next_token_is_refused_for_another_model() -> None:
+    model = of_bert()
+    with refused(li.StateError, "BertForSequenceClassification", "loss=", model=model):
+        Trials(model, BERT_TRIALS)
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_a_step_that_would_be_wrong_is_refused_and_changes_nothing(case: str) -> None:
     wrong = WRONG[case]
     of_a, of_b = wrong.targets
-    running = Trials(wrong.make().train(), trials(a=of_a, b=of_b))
-    wrong.since(running.model)
-    forward = wrong.forward and partial(wrong.forward, running.model)
+    model = wrong.make().train()
+    forward = wrong.forward and partial(wrong.forward, model)
+    running = Trials(model, trials(a=of_a, b=of_b), forward=forward, loss=wrong.loss)
+    wrong.since(model)
     with untouched(running, *wrong.names):
-        running.step(wrong.batch, loss=wrong.loss, forward=forward)
+        running.step(wrong.batch)
 
 
 def test_a_forward_and_a_loss_may_write_into_their_batch() -> None:
@@ -258,10 +263,11 @@ def test_a_forward_and_a_loss_may_write_into_their_batch() -> None:
     batch = {"x": torch.ones(3, 4), "labels": torch.randn(3, 4)}
     before, runs = batch["labels"].clone(), []
     for some in (TWO, {"b": TWO["b"]}):
-        running = Trials(seeded(linear).float(), some)
-        forward = lambda b, m=running.model: m(b.pop("x").mul_(2))  # noqa: E731
+        model = seeded(linear).float()
+        forward = lambda b, m=model: m(b.pop("x").mul_(2))  # noqa: E731
+        running = Trials(model, some, forward=forward, loss=normalized)
         for _ in range(2):
-            running.step(batch, forward=forward, loss=normalized)
+            running.step(batch)
         runs.append(running.model)
     assert torch.equal(batch["x"], torch.ones(3, 4))
     assert torch.equal(batch["labels"], before)
@@ -270,13 +276,13 @@ def test_a_forward_and_a_loss_may_write_into_their_batch() -> None:
 
 def test_a_dict_with_the_name_of_a_trial_is_by_name() -> None:
     rows = {"x": torch.randn(3, 4), "y": torch.randn(3, 4)}
-    running = Trials(linear(), dict.fromkeys("xy", TWO["a"]))
-    losses = running.evaluate(rows, loss=square)
+    running = Trials(linear(), dict.fromkeys("xy", TWO["a"]), loss=square)
+    losses = running.evaluate(rows)
     for name, each in rows.items():
         with torch.no_grad():
             assert losses[name] == pytest.approx(float(square(running.model[0](each))), rel=1e-6)
     with untouched(running, "'labels'"):
-        running.step({"x": rows["x"], "labels": rows["y"]}, loss=square)
+        running.step({"x": rows["x"], "labels": rows["y"]})
 
 
 @pytest.mark.parametrize(

@@ -190,9 +190,9 @@ def test_a_merged_state_dict_is_refused_under_adapters_and_is_what_a_plain_model
 def test_trials_that_were_saved_go_on_to_the_same_result(unpack: Unpack) -> None:
     path = unpack("trials")
     model = with_base(cases.regression(), path)
-    trials = li.Trials.resume(model, path / "trials.pt")
+    trials = li.Trials.resume(model, path / "trials.pt", loss=cases.squared)
     for batch in held(path, "input")["0"][3:]:
-        trials.step(batch, loss=cases.squared, forward=model)
+        trials.step(batch)
     for name in cases.TRIALS:
         losses = torch.tensor(trials.losses[name]).double()
         assert error(losses, held(path, "losses")[name]) < EXACT

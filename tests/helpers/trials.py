@@ -104,13 +104,13 @@ def plain_loop(
     """
     loss, forward = loss or next_token, forward or called
     if "'dropout': 0." in str(trial.config.to_dict()):
-        lone = Trials(model, {name: trial})
+        how = {"forward": partial(forward, model), "loss": partial(loss, model)}
+        lone = Trials(model, {name: trial}, **how)
         for step, given in enumerate(steps):
             if before is not None:
                 before(model, step)
             for batch in given:
-                how = {"forward": partial(forward, model), "loss": partial(loss, model)}
-                lone.forward_backward({name: batch}, **how)
+                lone.forward_backward({name: batch})
             lone.optimizer_step(name)
         return model
     torch.manual_seed(trial.seed)
