@@ -69,6 +69,10 @@ class ServerError(LoraInjectError):
     """A server does not answer, or does not return what tells an adapter."""
 
 
+AS_NATIVE = 'For W + delta, as its merge has it, load li.convert(PATH, "a.safetensors", "native")'
+"""The remedy where another program computes something else with its own file."""
+
+
 @contextmanager
 def within(asked: str) -> Iterator[None]:
     """Put what was asked for before the place that an error of the body names.

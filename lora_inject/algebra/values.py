@@ -119,7 +119,9 @@ def with_sites(
         sites[site] = made
     marks = [state.fingerprint for state in states if state.fingerprint is not None]
     copies = _common_copies([state.base_copies for state in states], names, asked)
-    return AdapterState(sites, trained, None, union_of(marks) if marks else None, copies)
+    mark = union_of(marks) if marks else None
+    layers = next(filter(None, (state.layers for state in states)), "")
+    return AdapterState(sites, trained, None, mark, copies, layers=layers)
 
 
 def _mixed(

@@ -47,11 +47,11 @@ FORMATS: dict[str, Format] = {
     # The folder of mlx-lm, which also has an adapter_config.json.
     "mlx": Format(mlx.write, mlx.read, mlx.detects, deltas_only=True),
     # A directory of Hugging Face PEFT.
-    "peft": Format(folder.write, folder.read, folder.detects, by_peft=True),
+    "peft": Format(folder.write, folder.read, folder.detects, client="PEFT"),
     # The same with one rank and scale 1, for servers that read little of the config; with a pair
     # for each expert; with stacks of experts that share a factor.
     **{
-        name: Format(write, folder.read, _read_as_peft, deltas_only=True, by_peft=True)
+        name: Format(write, folder.read, _read_as_peft, deltas_only=True, client="PEFT")
         for name, write in servers.WRITERS.items()
     },
     # A file of llama.cpp, which is only written.
@@ -64,7 +64,7 @@ FORMATS: dict[str, Format] = {
         pipelines.read_diffusers,
         pipelines.is_of_diffusers,
         True,
-        by_peft=True,
+        client=pipelines.CLIENT,
     ),
     # Microsoft's state dict.
     "loralib": Format(

@@ -71,7 +71,7 @@ class Format:
         deltas_only: Whether its files hold an adapter's deltas, and nothing of how it was trained.
         endings: The endings that a file's name may have to be written; empty for any.
         takes_facts: Whether `write` and `read` look at the facts about the model.
-        by_peft: Whether PEFT, or a program with PEFT's layers, reads its files.
+        client: PEFT, or a program that uses PEFT's layers, if one of them reads its files.
     """
 
     write: Callable[..., bytes | Mapping[str, bytes]]
@@ -80,4 +80,4 @@ class Format:
     deltas_only: bool = False
     endings: tuple[str, ...] = ()
     takes_facts: bool = True
-    by_peft: bool = False
+    client: str = ""

@@ -1,9 +1,10 @@
 """What a live model says to files: facts of it, and where PEFT would compute something else.
 
 PEFT adds to the output of layers that it finds by name, and swaps a weight while its owner runs.
-Whether that equals W + delta depends on the model, not on the file. What a model's objects show is
-asked of one on the meta device too, so before anything ran; what only a run shows (who read a
-weight) is asked when an adapter is saved.
+Whether that equals W + delta depends on the model, not on the file. One function says it
+(`_otherwise`), of an adapter that is saved for PEFT and of one that PEFT's file holds. What a
+model's objects show is asked of one on the meta device too; what only a run shows (who reads a
+weight) is known when an adapter is saved, and of a loaded one is refused when it happens.
 
 Source: peft 0.21.2, tuners/lora/layer.py (`LoraLayer`, `_ConvNd`), tuners/tuners_utils.py
 (`BaseTunerLayer`, `_check_lora_target_modules_mamba`).
@@ -14,19 +15,22 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.adapted import plain_class
-from lora_inject.core.layers.attached import Entry, attached_to
+from lora_inject.core.layers.attached import attached_to
 from lora_inject.core.layers.kinds import KINDS
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.roots.root import entries
 from lora_inject.core.spec.names import leaf
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import FormatError
+from lora_inject.errors import AS_NATIVE, FormatError
 from lora_inject.formats.exchange import DEFAULT
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.folder import check_sites
@@ -147,21 +151,29 @@ def _task_type(model: nn.Module, model_type: str | None) -> str | None:
 
 def _unfit(model_type: object, modules: Mapping[str, nn.Module]) -> Callable[[str], str] | None:
     """Return what says why PEFT's layers cannot stand in the place of a module; None if all can."""
-    classes = set(map(type, modules.values()))
-    if model_type not in _MAMBA and not any(issubclass(cls, _CONVOLUTIONS) for cls in classes):
+    known = (nn.Embedding, *_CONVOLUTIONS)
+    classes = {cls for cls in set(map(type, modules.values())) if issubclass(cls, known)}
+    if model_type not in _MAMBA and classes <= {nn.Embedding}:
         return None
     return lambda name: _why_unfit(model_type, modules.get(name), name)
 
 
 def _why_unfit(model_type: object, module: nn.Module | None, name: str) -> str:
-    """Return why PEFT would refuse, fail or do nothing with an adapter of a module, or ""."""
+    """Return why PEFT would refuse a module, fail, or compute something else than W + delta."""
     if module is None:
         return ""
     if model_type in _MAMBA and leaf(name) in _NOT_IN_MAMBA:
         return f"it refuses every '{leaf(name)}' in models of the type '{model_type}'"
-    if not isinstance(module, _CONVOLUTIONS):
-        return ""
     cls = plain_class(type(module))
+    own = f"{cls.__name__} has a forward of its own, which is not linear in W"
+    if isinstance(module, nn.Embedding):  # whose scale PEFT knows by this name
+        known = KINDS["embedding"].stock(cls) or hasattr(module, "embed_scale")
+        return "" if known else own
+    return _why_no_convolution(module, cls, own) if isinstance(module, _CONVOLUTIONS) else ""
+
+
+def _why_no_convolution(module: Any, cls: type[nn.Module], own: str) -> str:
+    """Return the same of a convolution; `own` is what a forward of its own is."""
     if module.groups > 1:
         problem = f"its A reads the inputs of all {module.groups} groups"
         return f"{problem}, and a rank that they do not divide is refused"
@@ -171,7 +183,7 @@ def _why_unfit(model_type: object, module: nn.Module | None, name: str) -> str:
         return f"its A pads with zeros, and the layer with padding_mode={module.padding_mode!r}"
     if "__init__" in vars(cls) and cls not in _CONVOLUTIONS:
         return f"it makes A and B as {cls.__name__}, whose arguments are not a convolution's"
-    return ""
+    return "" if _convolving(cls) in map(_convolving, _CONVOLUTIONS) else own
 
 
 def notes_on_files(
@@ -200,42 +212,73 @@ def notes_on_files(
 # PEFT's reading ---------------------------------------------------------------------------------
 
 
-def refuse_misread(survey: Survey, name: str) -> None:
+def refuse_misread(survey: Survey, name: str, client: str = "PEFT") -> None:
     """Raise if PEFT would load the adapter's file without an error and compute other outputs.
 
-    This happens if a site is read by another module than its own, its layer's forward is not linear
-    in the weight as PEFT assumes, the layer stands in several places, or PEFT would look for it
-    under another name.
+    This happens where it computes otherwise than here (`_otherwise`), and where it would look for
+    a site under another name. `client` is PEFT, or a program that uses its layers.
     """
-    renamed, held = _renaming(survey.model), _places(survey)
+    renamed, places = _renaming(survey.model), _places(survey)
     for path, module, entry in entries(survey, name):
         if entry.spec is None:
             continue
-        problem = _misread(module, entry)
-        if (n := held[id(module)]) > 1:
-            problem = f"its layer stands in {n} places, and PEFT adapts only the first"
+        spec = entry.spec
+        if spec.kind == "linear" and spec.update == "weight":  # which is written as a parameter
+            spec = replace(spec, kind="parameter")
+        problem = _otherwise(survey, spec, module, places)
         key = f"{path}.lora_A.weight"
         if not problem and not key.endswith(there := renamed(key)):
             problem = "it renames the keys of this model's files (of its own, too), and would look "
             problem += f"for it at {there!r}"
         if problem:
             asked = f"write adapter {name!r}, site {entry.spec.name!r}"
-            problem = f"PEFT would load it wrong: {problem}"
+            problem = f"{client} would load it wrong: {problem}"
             remedy = 'Write it with format="native": save_adapter(model, path, format="native")'
             raise FormatError(asked, problem, remedy)
 
 
-def refuse_first_places(survey: Survey, sites: Iterable[SiteSpec], asked: str) -> None:
-    """Raise if PEFT put an adapter into one of several places of a layer, which is one here."""
-    held = _places(survey)
-    for spec in sites:
-        n = held[id(survey.at(spec.weight).module)]
-        if n > 1:
-            raise FormatError(
-                f"{asked}, site {spec.name!r}",
-                f"its layer stands in {n} places of the model, and PEFT adapts only the first",
-                "Give each place a layer of its own first, with copy.deepcopy",
-            )
+def refuse_other_outputs(survey: Survey, state: AdapterState, asked: str) -> None:
+    """Raise if the program that made a fitted adapter's file computes something else with it.
+
+    Where a site's update is zero, nothing differs. What only a run shows, a read of the weight by
+    another module, is refused when a forward does it: see `AdapterState.layers`.
+    """
+    if not state.layers:
+        return
+    places = _places(survey)
+    for site in state.sites.values():
+        module = survey.at(site.spec.weight).module
+        problem = _otherwise(survey, site.spec, module, places)
+        if problem and not site.is_zero:
+            made = f"its file is of {state.layers}, which computes something else than W + delta"
+            shared = places[id(module)] > 1
+            remedy = "Give each place a layer of its own, with copy.deepcopy. " * shared + AS_NATIVE
+            raise FormatError(f"{asked}, site {site.spec.name!r}", f"{made}: {problem}", remedy)
+
+
+def _otherwise(survey: Survey, spec: SiteSpec, module: nn.Module, places: Mapping[int, int]) -> str:
+    """Return why PEFT's layers compute something else at a site than W + delta, or "".
+
+    They add to the output of the layer that is called, or put W + delta into a parameter while the
+    module that owns it runs. `places` are those of each module.
+    """
+    if (n := places[id(module)]) > 1:
+        return f"its layer stands in {n} places of the model, and PEFT adapts only the first"
+    attached, param = attached_to(module), leaf(spec.weight)
+    seen = attached.read_from_outside if attached is not None else ()
+    if seen and any(e.mark in seen and e.param == param for e in attached.entries()):  # type: ignore[union-attr]
+        return "another module reads the weight, and nothing would call the adapter"
+    if spec.kind == "parameter":
+        return ""
+    model_type = getattr(getattr(survey.model, "config", None), "model_type", None)
+    if reason := _why_unfit(model_type, module, spec.name):
+        return reason
+    if spec.kind in ("linear", "conv1d") and spec.update == "weight":
+        cls = plain_class(type(module))
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "an attention reads the weight, and nothing would call the adapter"
+        return f"{cls.__name__} has a forward of its own, which is not known to be linear in W"
+    return ""
 
 
 def _places(survey: Survey) -> Counter[int]:
@@ -244,22 +287,6 @@ def _places(survey: Survey) -> Counter[int]:
     What PEFT puts in the place of a shared container's child is seen under all names of it.
     """
     return Counter(id(child) for _, m in survey.modules for child in m._modules.values())
-
-
-def _misread(module: nn.Module, entry: Entry) -> str:
-    """Return why PEFT's layer would compute something else, or ""."""
-    attached, plain = attached_to(module), plain_class(type(module))
-    assert attached is not None
-    if entry.mark in attached.read_from_outside:
-        return "another module reads the weight, and nothing would call the adapter"
-    kind = entry.spec.kind if entry.spec else ""
-    if kind == "conv":
-        known = _convolving(plain) in map(_convolving, _CONVOLUTIONS)
-    elif kind == "embedding":  # whose scale PEFT knows by this name
-        known = KINDS[kind].stock(plain) or hasattr(module, "embed_scale")
-    else:
-        return ""
-    return "" if known else f"{plain.__name__} has a forward of its own, which is not linear in W"
 
 
 def _convolving(plain: Any) -> tuple[Any, Any]:

@@ -111,6 +111,7 @@ _START = re.compile(rf"(?:lora_({'|'.join(KOHYAS)})|(lycoris))_(.+)")
 _ENDS = {"A": "lora_down.weight", "B": "lora_up.weight", "alpha": "alpha"}
 _ROLES = {end: role for role, end in _ENDS.items()}
 _NAMES = "lora_inject.names"
+_SD_SCRIPTS = "networks.lora"  # sd-scripts' own; LyCORIS computes with W + delta
 
 
 def is_kohya(files: Files) -> bool:
@@ -142,7 +143,7 @@ def write_kohya(
         values = zip(_ENDS.values(), (*pack(site), alpha), strict=True)
         tensors |= {f"{flat[name]}.{end}": tensor for end, tensor in values}
     names = json.dumps({flat[name]: name for name in sites})
-    said = {"format": "pt", "ss_network_module": "networks.lora", _NAMES: names}
+    said = {"format": "pt", "ss_network_module": _SD_SCRIPTS, _NAMES: names}
     return serialize(tensors, said)
 
 
@@ -166,7 +167,8 @@ def read_kohya(path: Path, facts: ModelFacts, *, component: str | None = None) -
             if name in sites:
                 raise FormatError("", f"the file holds '{name}' twice", "Fetch it again")
         sites[name] = plain_site(name, of["A"], of["B"], of.get("alpha"))
-    return AdapterState(sites)
+    by_sd_scripts = said.get("ss_network_module") == _SD_SCRIPTS
+    return AdapterState(sites, layers="sd-scripts" if by_sd_scripts else "")
 
 
 def _parsed_kohya(key: str) -> tuple[str, str, str]:
@@ -210,7 +212,7 @@ def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None) -> str:
 
 # Diffusers ---------------------------------------------------------------------------------------
 
-FILE = "pytorch_lora_weights.safetensors"
+FILE, CLIENT = "pytorch_lora_weights.safetensors", "diffusers, which uses PEFT,"
 DIFFUSERS = (
     *("unet", "transformer", "transformer_2", "prior", "decoder", "diffusion_model"),
     *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoders"),
@@ -248,7 +250,7 @@ def write_diffusers(
     """
     part = "" if component == "" else _checked(component, DIFFUSERS)
     sites = plain_sites(state, "a pipeline of diffusers", KINDS, dtype=dtype, alpha="rank")
-    check_sites([site.spec for site in sites.values()], facts, "diffusers, which uses PEFT,")
+    check_sites([site.spec for site in sites.values()], facts, CLIENT)
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
         key = joined(part, name_in_files(name, part))
@@ -281,7 +283,7 @@ def read_diffusers(path: Path, facts: ModelFacts, *, component: str | None = Non
             spec = replace(site.spec, alpha=numbers[name][1], scaling=fields.scaling)
             site = replace(site, spec=spec)
         sites[own] = site
-    return AdapterState(sites)
+    return AdapterState(sites, layers="PEFT")
 
 
 def _parsed(key: str, *, whole: bool) -> tuple[str, str, str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 # Verdicts on an exchange with PEFT.
 SAME = "same outputs"
-MERGED = "same outputs as PEFT's merge, which PEFT's own layers contradict"
+MERGED = "refused: PEFT's own layers contradict PEFT's merge, which has our outputs"
 BY_NAMES = "same outputs, with names: PEFT raises at all-linear"
 RAISES = "PEFT raises"
 REFUSED = "our writer refuses: PEFT would compute something else"
@@ -87,7 +87,7 @@ EXCHANGED: dict[str, Exchanged] = {
     "mobilenet_v1": Exchanged(_GROUPS, RAISES, REFUSED),
     "mobilenet_v2": Exchanged(_GROUPS, RAISES, REFUSED),
     "nemotron_h": Exchanged("PEFT refuses out_proj of Mamba layers", RAISES, REFUSED),
-    "phi4_multimodal": Exchanged(_READ, by_peft=REFUSED),
+    "phi4_multimodal": Exchanged(_READ, MERGED, REFUSED),
     "phimoe": Exchanged(_ROUTER, BY_NAMES),
     "qwen3_omni_moe_thinker": Exchanged(
         "PEFT's all-linear takes a layer of the audio tower for a Linear by its name", BY_NAMES

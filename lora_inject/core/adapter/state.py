@@ -47,6 +47,9 @@ class AdapterState(Comparable, Shown):
             compares them with the base, and refuses others.
         rows: For a trained tensor of which only some rows are held: their indices in the base.
         source: The files that it was read from, for messages; not part of its value.
+        layers: The program that made its files, if the layers of that program add the update to
+            their output: in some places that is not W + delta, and there a model refuses it. Not
+            part of its value.
     """
 
     sites: Mapping[str, SiteState]
@@ -56,6 +59,7 @@ class AdapterState(Comparable, Shown):
     base_copies: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     source: str = field(default="", compare=False)
+    layers: str = field(default="", compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle read-only mappings as dicts, since Python cannot do either."""

@@ -53,6 +53,7 @@ class Entry:
     shape: tuple[int, ...] = ()  # of a trained copy
     rows: tuple[int, ...] | None = None  # indices of the rows that a copy holds, None for all
     scale: float | None = None  # factor on values that are added; None if they replace the tensor
+    layers: str = ""  # `AdapterState.layers`
 
     @property
     def mark(self) -> str:

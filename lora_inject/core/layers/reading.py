@@ -39,7 +39,7 @@ from lora_inject.core.layers.attached import (
 from lora_inject.core.layers.library import knowing
 from lora_inject.core.layers.sending import sent_once
 from lora_inject.core.layers.weight_kinds import PLAIN
-from lora_inject.errors import LayerError, article
+from lora_inject.errors import AS_NATIVE, LayerError, article
 from lora_inject.private import look_up
 
 
@@ -242,6 +242,8 @@ def _effective(
             _is_read(layer, entry)
             # A look at a weight in a notebook is no part of what the model computes.
             if outside and entry.mark not in attached.read_from_outside and in_forward():
+                if entry.layers:
+                    _refuse_reading(layer, entry)
                 # dynamo of torch 2.9 follows no |=
                 attached.read_from_outside = attached.read_from_outside | {entry.mark}
 
@@ -268,6 +270,24 @@ def _is_read(layer: Carrier, entry: Entry) -> None:
             "reader of a weight does not see",
             "Give the site dropout: 0, or call model.eval() to look at the weight",
         )
+
+
+def _refuse_reading(layer: Carrier, entry: Entry) -> None:
+    """Refuse that a forward reads a weight whose update a program adds where the layer is called.
+
+    An update of zero is the same for both.
+    """
+    tensors = entry.tensors(layer)
+    is_known = not torch.compiler.is_compiling()
+    if is_known and not all(bool(tensors[role].any()) for role in "AB"):
+        return
+    where = entry.spec.name if entry.spec else entry.param
+    raise LayerError(
+        f"a forward with adapter {entry.adapter!r}, site {where!r}",
+        f"another module reads the weight and does not call the layer: {entry.layers}, which made "
+        "the adapter's file, computes without it, and not with W + delta",
+        f"{AS_NATIVE}; or leave it out: load_adapter(leave_out=[{where!r}])",
+    )
 
 
 def _trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:

@@ -29,6 +29,7 @@ from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.patterns import named
 from lora_inject.core.spec.sites import SiteSpec, fits_kernel
 from lora_inject.errors import FormatError, LayerError, article
+from lora_inject.formats.live_models import refuse_other_outputs
 
 # Fields of a site, besides its names, that come from the model, not from the adapter.
 _OF_MODEL = ("kind", "weight_shape", "update")
@@ -46,7 +47,7 @@ def fit(
     asked: str,
 ) -> AdapterState:
     """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
-    names = inventory(survey)
+    names, layers = inventory(survey), state.layers
     if leave_out:
         given = [*state.trained, *state.sites]
         gone = named(given, leave_out, f"{asked}, leave_out", FormatError)
@@ -69,7 +70,9 @@ def fit(
             problem = "it has two sites for what is one layer in this model"
             raise FormatError(f"{asked}, site {key!r}", problem, _ITS_MODEL)
         sites[spec.name] = state.sites[key].at(spec)
-    return AdapterState(sites, trained, state.config, rows=rows)
+    fitted = AdapterState(sites, trained, state.config, rows=rows, layers=layers)
+    refuse_other_outputs(survey, fitted, asked)
+    return fitted
 
 
 def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:

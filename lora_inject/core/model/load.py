@@ -18,7 +18,7 @@ from lora_inject.core.model.training import say_fixed_biases
 from lora_inject.errors import check_type, user_path, within
 from lora_inject.formats.exchange import detected, read_adapter
 from lora_inject.formats.hub import on_disk
-from lora_inject.formats.live_models import facts_about, refuse_first_places
+from lora_inject.formats.live_models import facts_about
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,8 +82,6 @@ def load_adapter(
     format = format or detected(files)  # noqa: A001
     state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
     fitted = fit(survey, state, leave_out, base, leave_new=leave_new, asked=asked)
-    if format == "peft" and state.fingerprint is None:  # PEFT made it
-        refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)
     if trainable:
         say_fixed_biases((site.spec for site in fitted.sites.values()), asked)
     adapter = put_state(survey, fitted, name, owned=True, trainable=trainable)

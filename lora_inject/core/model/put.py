@@ -200,6 +200,8 @@ def put_state(
     """
     specs = [site.spec for site in state.sites.values()]
     wanted = places(survey, name, specs, {key: state.rows.get(key) for key in state.trained})
+    for place in wanted:
+        place.entry.layers = state.layers
     tensors = _by_name(state)
     copies: dict[Tensor, Tensor] = {}  # one that stands under several names is one
     taken: set[int] = set()

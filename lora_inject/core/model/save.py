@@ -103,8 +103,8 @@ def saved_state(
     asked = f"save adapter {name!r}"
     state = read_off(survey, name, gathered)
     row = format_of(format, asked)
-    if row.by_peft:
-        refuse_misread(survey, name)
+    if row.client:
+        refuse_misread(survey, name, row.client)
     for holder in survey.holders:
         if holder.tensor.requires_grad:
             problem = f"{holder.name!r} trains beside it, and would be in no file"

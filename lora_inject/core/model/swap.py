@@ -22,7 +22,7 @@ from lora_inject.core.model.base import Base
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.read_off import values_on
 from lora_inject.core.model.slots import placed
-from lora_inject.core.roots.root import Injected, adapted_modules, alone, check_unmerged
+from lora_inject.core.roots.root import Injected, adapted_modules, alone, check_unmerged, entries
 from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.sites import meaning
 from lora_inject.errors import FormatError, LayerError, user_path, within
@@ -107,6 +107,8 @@ def swap_adapter(
     _check_fit(pairs, asked)
     survey.root.selection.note(name)
     _write(survey, name, [tensor for tensor, _ in pairs], [value for _, value in pairs])
+    for _, _, entry in entries(survey, name):
+        entry.layers = state.layers
     adapter.config, adapter.files = state.config, None if files is None else files.absolute()
     return model
 

@@ -81,7 +81,7 @@ class Foreign:
         trained |= {name: tensor for name, (tensor, _) in rows.items()}
         self._check_saved(trained)
         numbers_of_rows = {name: indices for name, (_, indices) in rows.items()}
-        return AdapterState(sites, trained, base_copies=copies, rows=numbers_of_rows)
+        return AdapterState(sites, trained, base_copies=copies, rows=numbers_of_rows, layers="PEFT")
 
     def _check_targets(self, modules: Collection[str]) -> None:
         """Refuse tensors of modules that the config does not target, which PEFT ignores.
