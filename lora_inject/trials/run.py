@@ -5,7 +5,8 @@ An adapter that is injected becomes the only one that is active and trains; thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -225,8 +226,7 @@ def put_on(
     try:
         with all_or_nothing(model.modules(), known):
             for name, trial in trials.items():
-                with torch.random.fork_rng():
-                    torch.manual_seed(trial.seed)
+                with random_kept(model, trial.seed):
                     put_config(model, trial.config, name, leave_new=leave_new, alone=False)
             _refuse_dropout(model, trials)
             survey = Survey(model)
@@ -236,6 +236,25 @@ def put_on(
         for parameter, grad in grads:
             parameter.grad = grad
     return runs
+
+
+@contextmanager
+def random_kept(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Put torch's generators back where they were; no other device's is touched.
+
+    With a seed, so that a base that draws does it for a trial alone as it does beside others.
+    """
+    placed = {p.device for p in model.parameters()}
+    devices = [device for device in placed if device.type not in ("cpu", "meta")]
+    kind = devices[0].type if devices else "cuda"
+    with torch.random.fork_rng(devices, device_type=kind):
+        for device in devices if seed is not None else ():
+            module = torch.get_device_module(device)
+            with module.device(device) if hasattr(module, "device") else nullcontext():
+                module.manual_seed(seed)
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _refuse_sharded(model: nn.Module) -> None:

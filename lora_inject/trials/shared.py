@@ -37,7 +37,7 @@ from lora_inject.errors import LayerError, LoraInjectError, StateError
 from lora_inject.rows.by_row import Marked, Rows, Taking, row_of
 from lora_inject.rows.seen import rows_alike
 from lora_inject.trials.batches import Form, Forward, Joined, joined_batch, leaves_of, n_tokens
-from lora_inject.trials.run import Run, Sites
+from lora_inject.trials.run import Run, Sites, random_kept
 
 MOST_KNOWN = 64
 """Forms of batches that are remembered: one with a number of its step is another one each time."""
@@ -260,7 +260,8 @@ class Passes:
         seeds = {n: hash((self.runs[n].trial.seed, self.runs[n].n_passes)) for n in of.sizes}
         rows = self._rows(of, known, seeds if drops else None)
         alone = drops and rows.lone is not None
-        with self._random_kept(*seeds.values()) if alone else nullcontext():
+        own = [seed % 2**63 for seed in seeds.values()]
+        with random_kept(self.model, *own) if alone else nullcontext():
             return self._run(of, rows)
 
     def _rows(self, of: Joined, known: _Known, seeds: Mapping[str, int] | None = None) -> TrialRows:
@@ -271,20 +272,6 @@ class Passes:
         """Run the base once, and return its outputs."""
         with selecting(self.model, selected, "Trials.step"):
             return self.forward(of.batch)
-
-    @contextmanager
-    def _random_kept(self, seed: int | None = None) -> Iterator[None]:
-        """Put torch's generators back where they were.
-
-        With a seed, so that a base that draws does it for a trial alone as it does beside others.
-        """
-        placed = {p.device for p in self.model.parameters()}
-        devices = [device for device in placed if device.type not in ("cpu", "meta")]
-        kind = devices[0].type if devices else "cuda"
-        with torch.random.fork_rng(devices, device_type=kind):
-            if seed is not None:
-                torch.manual_seed(seed % 2**63)
-            yield
 
     # --------------------------------------------------------------------------------- the referee
 
@@ -299,18 +286,18 @@ class Passes:
             self._known.pop(next(iter(self._known)))
         if drops and len(self.runs) > 1:
             self._check_still(known, batches)
-        if len(batches) == 1 or known.in_turn:
-            return known
-        new = {sites: n for n in batches if (sites := self.runs[n].sites) not in known.sites}
-        if not new:
-            return known
-        names = dict.fromkeys([*new.values(), *batches])
-        some = {name: batches[name] for name in [*names][: max(2, len(new))]}
-        with torch.no_grad(), _buffers_kept(self.model), self._random_kept():
-            problem = self._why_not(some, known)
-        if problem:
-            self._let_run_in_turn(known, problem)
-        known.sites |= new.keys()
+        for group in [*self._groups(batches, known)] if not known.in_turn else ():
+            new = {sites: n for n in group if (sites := self.runs[n].sites) not in known.sites}
+            if not new or len(group) == 1:
+                continue
+            names = dict.fromkeys([*new.values(), *group])
+            some = {name: group[name] for name in [*names][: max(2, len(new))]}
+            with torch.no_grad(), _buffers_kept(self.model), random_kept(self.model):
+                problem = self._why_not(some, known)
+            if problem:
+                self._let_run_in_turn(known, problem)
+                break
+            known.sites |= new.keys()
         return known
 
     def _check_still(self, known: _Known, batches: Mapping[str, Any]) -> None:
@@ -320,7 +307,7 @@ class Passes:
         """
         if known.moved is None:
             one = dict([next(iter(batches.items()))])
-            with torch.no_grad(), _buffers_kept(self.model) as moved, self._random_kept():
+            with torch.no_grad(), _buffers_kept(self.model) as moved, random_kept(self.model):
                 self._pass(joined_batch(one), known, drops=False)
             known.moved = moved
         if known.moved:
@@ -338,8 +325,10 @@ class Passes:
             unlike = self._unlike(some, known, marked=False)
             for short in range(2):
                 unlike = unlike or self._unlike_with(_others(some, short), known)
+        except torch.OutOfMemoryError:
+            raise
         except (LoraInjectError, RuntimeError, ValueError) as error:
-            return str(error)
+            return str(error) or type(error).__name__
         if unlike is None:
             return ""
         return (
@@ -353,7 +342,7 @@ class Passes:
         for batches in others:
             try:
                 return self._unlike(batches, known, marked=True)
-            except LayerError:
+            except (LayerError, torch.OutOfMemoryError):
                 raise
             except Exception:  # noqa: BLE001, S112 - the base refuses such rows
                 continue

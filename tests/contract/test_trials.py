@@ -25,6 +25,7 @@ from helpers.trials import (
     of_llama,
     plain_loop,
     square,
+    values,
 )
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -561,6 +562,37 @@ def test_a_step_after_the_first_is_one_forward_whatever_its_rows_hold() -> None:
         running.step(rows)
         assert step == 0 or len(calls) == 1
         calls.clear()
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(12, {3, 6}), (11, {3}), (None, {3, 6, 12})])
+def test_no_forward_gets_more_tokens_than_a_pass_may_have(most: Any, sizes: set[int]) -> None:
+    """The rows of all new trials were joined to look at them, whatever was allowed."""
+    model, seen = layers(), set[int]()
+    four = {n: of_ranks("all-linear")["a"] for n in "abcd"}
+    running = Trials(model, four, loss=square, max_tokens=most)
+    model.register_forward_pre_hook(lambda _, args: seen.add(len(args[0])) or None)
+    for step in range(2):
+        running.step({n: noise(2, 3, 2, 4)[step] for n in "abcd"})
+    assert max(seen) == max(sizes)
+    assert seen <= sizes
+    lone = plain_loop(layers(), "a", four["a"], [[x] for x in noise(2, 3, 2, 4)], first_square)
+    for name in four:
+        check_equal(model, values(lone, "a"), name)
+
+
+def test_a_lack_of_memory_is_told_and_lets_no_trial_run_in_turn() -> None:
+    model, most = layers(), [3]
+
+    def forward(x: Tensor) -> Tensor:
+        if len(x) > most[0]:
+            raise torch.OutOfMemoryError("no room")
+        return model(x)
+
+    running = Trials(model, of_ranks("all-linear"), forward=forward, loss=square)
+    with pytest.raises(torch.OutOfMemoryError):
+        running.step(noise(3, 4))
+    most[0] = 6
+    running.step(noise(3, 4))
 
 
 class Complex(nn.Module):
