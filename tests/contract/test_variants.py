@@ -181,12 +181,17 @@ def test_tokens_are_refused_where_they_cannot_train() -> None:
     for config, names in (
         ({"tokens": {"embed": [9]}}, ("'embed.weight'", "row 9", "9 rows")),
         ({"tokens": {"nowhere": [1]}}, ("nowhere",)),
+        ({"tokens": {"fc": [1]}}, ("'fc'", "linear", "train:")),
+        ({"tokens": {r"fc\.weight": [1]}}, ("'fc.weight'", "linear", "train:")),
+        ({"tokens": {"embed|fc": [1]}}, ("'fc'", "linear", "train:")),
         ({"tokens": {"embed": [1]}, "targets": ["embed"]}, ("embed",)),
         ({"tokens": {"embed": [1]}, "train": ["embed"]}, ("embed", "train 1")),
     ):
         model = TiedDecoder()
         with refused(li.MatchError, *names, model=model):
             li.inject(model, config)
+    whole = li.plan(TiedDecoder(), {"tokens": {"^$": [1]}})
+    assert [entry.name for entry in whole.trained] == ["embed.weight"]
     with refused(li.ConfigError, "tokens.embed"):
         li.Config(tokens={"embed": [1, 1]})
 

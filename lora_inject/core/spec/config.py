@@ -312,7 +312,7 @@ class Config(Shown, YamlModel):
     train: Patterns = ()
     """Further parameters, or modules, that train and are saved with the adapter."""
     tokens: Tokens = ()  # type: ignore[assignment]
-    """Rows of embeddings that train, tied heads included: a pattern of the module, and the ids."""
+    """Rows of embeddings and heads, tied ones included, that train: a pattern, and the ids."""
     bias: Literal["none", "adapted", "all"] = "none"
     """Which biases train too: none, those of adapted modules, or all."""
     expect: Expect | None = None

@@ -352,11 +352,22 @@ def _check_not_both(
 
 
 def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory) -> list[str]:
-    """Return the matrices that a tokens entry names, which must have these rows."""
-    shapes = inventory.parameters
-    tables = [name for name in _listed(pattern, label, inventory) if len(shapes[name]) == 2]
+    """Return the embeddings and heads that a tokens entry means, which must have these rows."""
+    shapes, candidates = inventory.parameters, inventory.candidates
+    known = {
+        inventory.listed.get(candidate.weight, candidate.weight)
+        for candidate in candidates
+        if candidate.kind == "embedding" or candidate.name in inventory.heads
+    }
+    tables = [name for name in _listed(pattern, label, inventory) if name in known]
+    remedy = "Name an embedding; train: takes other parameters, in full"
+    numbers = {**inventory.weights, **inventory.sites}
+    for name in matching(pattern, numbers, asked=label):
+        found = candidates[numbers[name]]
+        if inventory.listed.get(found.weight, found.weight) not in known:
+            raise MatchError(label, f"'{name}' is no embedding, but of kind {found.kind}", remedy)
     if not tables:
-        raise MatchError(label, "it names nothing that has rows", "Name an embedding")
+        raise MatchError(label, "it names no embedding", remedy)
     for name in tables:
         if max(ids) >= shapes[name][0]:
             less = f"'{name}' has no row {max(ids)}: it has {shapes[name][0]:,} rows"
