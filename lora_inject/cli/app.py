@@ -169,6 +169,9 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
+_EMPTY = "''"  # as a shell has it
+
+
 def in_options(message: str, options: Iterable[str]) -> str:
     """Return a message of the package in the words of the command line, with its options.
 
@@ -199,7 +202,7 @@ def in_options(message: str, options: Iterable[str]) -> str:
         if text in ("True", "..."):
             return opt
         values = re.findall(r"""['"]([^'"]*)['"]""", text) or [text]
-        return " ".join(f"{opt} {each}" for each in values)
+        return " ".join(f"{opt} {each or _EMPTY}" for each in values)
 
     return re.sub(rf"(?<![^\s(])(\w+)={value}(?: \((--[\w-]+)\))?", option, message)
 

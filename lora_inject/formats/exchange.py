@@ -65,6 +65,7 @@ FORMATS: dict[str, Format] = {
         pipelines.is_of_diffusers,
         True,
         client=pipelines.CLIENT,
+        unsure=pipelines.unsure,
     ),
     # Microsoft's state dict.
     "loralib": Format(
@@ -263,13 +264,15 @@ def read_adapter(
     Raises:
         FormatError: There is no adapter, or it cannot be read.
     """
-    place = user_path("read adapter", path)
-    if format is None:
-        format = detected(place)  # noqa: A001
+    place, is_detected = user_path("read adapter", path), format is None
+    format = format or detected(place)  # noqa: A001
     row = format_of(format, f"read adapter '{path}'")
     with within(f"read {format} adapter '{path}'"):
         known, own = _arguments(row, row.read, facts, options)
-        place = place if row.endings else Files(place).path
+        files = Files(place)
+        if is_detected and row.unsure is not None and (why := row.unsure(files, known, own)):
+            raise FormatError("", *why)
+        place = place if row.endings else files.path
         return replace(_checked(row.read(place, known, **own)), source=str(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import is_safetensors, read_names
@@ -72,6 +73,8 @@ class Format:
         endings: The endings that a file's name may have to be written; empty for any.
         takes_facts: Whether `write` and `read` look at the facts about the model.
         client: PEFT, or a program that uses PEFT's layers, if one of them reads its files.
+        unsure: `unsure(files, facts, options)`: what detected files do not say, and what to give;
+            None if they say all. It is not asked where the format is given.
     """
 
     write: Callable[..., bytes | Mapping[str, bytes]]
@@ -81,3 +84,4 @@ class Format:
     endings: tuple[str, ...] = ()
     takes_facts: bool = True
     client: str = ""
+    unsure: Callable[[Files, Any, Mapping[str, Any]], tuple[str, str] | None] | None = None

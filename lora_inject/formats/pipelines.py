@@ -16,7 +16,8 @@ names are read as diffusers does: `.lora.down.weight`, `.lora_linear_layer.down.
 `.processor.to_q_lora.down.weight` of attention processors. Files of a single model
 (`save_lora_adapter`) name no component: their keys are the names of its modules, of which the first
 may be a component's (the `decoder` of an autoencoder). The names of the model tell, and
-`component=""` reads such a file whole.
+`component=""` reads such a file whole. PEFT's keys without its prefix look alike, and there the
+scale is lost: unless the file's name, its header or the model tells, an option has to.
 
 Source: diffusers 0.42.1, loaders/peft.py (`load_lora_adapter`), loaders/lora_base.py
 (`pack_weights`), utils/state_dict_utils.py; ComfyUI, comfy/lora.py (generic names under
@@ -217,6 +218,7 @@ DIFFUSERS = (
     *("unet", "transformer", "transformer_2", "prior", "decoder", "diffusion_model"),
     *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoders"),
 )
+_SCALED = "lora_inject.scale"  # in the header of files that were written here
 _KEY = re.compile(
     rf"(?:({'|'.join(DIFFUSERS)})\.)?(.+?)"
     r"(?:\.lora_([AB])|\.lora(?:_linear_layer)?\.(down|up)|(_lora)\.(down|up)|\.(alpha))(\.weight)?"
@@ -232,6 +234,30 @@ def is_of_diffusers(files: Files) -> bool:
         return True
     of_one_model = [match and match[8] and not match[2].startswith(PREFIX) for match in matches]
     return bool(matches) and all(of_one_model)
+
+
+def unsure(files: Files, facts: ModelFacts, options: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return what to ask where a lone file of pairs may be of a pipeline, or of any PEFT adapter.
+
+    The scale of the one is 1, and of the other its alpha is lost.
+    """
+    inside = FILE if files.has(FILE) else ""
+    if inside or files.path.name == FILE or {"component", "alpha"} & options.keys():
+        return None
+    matches = [_KEY.fullmatch(key) for key in files.tensor_names()]
+    places = {(match[1] or "", match[2]) for match in matches if match}
+    says_it = {CONFIG_KEY, _SCALED} & files.metadata().keys()
+    if says_it or len({part for part, _ in places}) > 1 or not all(m and m[3] for m in matches):
+        return None  # only pipelines have several parts, and tensors of such names
+    known = {*(facts.module_names or ())}
+    in_part = all(name in known or name.removeprefix("text_model.") in known for _, name in places)
+    if in_part and not all(joined(part, name) in known for part, name in places):
+        return None
+    part, _ = next(iter(places))
+    problem = "its tensors are pairs, and nothing says their alpha: not their names, no file beside"
+    remedy = f'Name the part of a pipeline that it is of, whose scale is 1: component="{part}" '
+    remedy += '(--from-component); or give format="diffusers" for a scale of 1, or alpha=, with '
+    return problem, f"{remedy}which it was trained"
 
 
 def write_diffusers(
@@ -256,29 +282,35 @@ def write_diffusers(
         key = joined(part, name_in_files(name, part))
         pair = zip("AB", pack(site), strict=True)
         tensors |= {f"{key}.lora_{role}.weight": tensor for role, tensor in pair}
-    content = serialize(tensors, {"format": "pt"})
+    content = serialize(tensors, {"format": "pt", _SCALED: "1"})
     return content if path.suffix == ".safetensors" else {FILE: content}
 
 
-def read_diffusers(path: Path, facts: ModelFacts, *, component: str | None = None) -> AdapterState:
+def read_diffusers(
+    path: Path, facts: ModelFacts, *, component: str | None = None, alpha: float | None = None
+) -> AdapterState:
     """Read the adapter of one component, or of the model that the file is of (`""`).
 
-    Name the component if the file holds several.
+    Name the component if the file holds several. `alpha` is that of all pairs, for files that do
+    not say it; without it their scale is 1, as in diffusers.
     """
     tensors, said = read_tensors(path / FILE if path.is_dir() else path)
     known = set(facts.module_names or ())
     whole = component == "" or (
-        component is None and all(_parsed(key, whole=True)[1] in known for key in tensors)
+        component is None
+        and (alpha is not None or all(_parsed(key, whole=True)[1] in known for key in tensors))
     )
     component, modules = _in_component(tensors, partial(_parsed, whole=whole), component)
     fields = _fields(said, f"{component}." if component else "")
+    if alpha is not None and (fields is not None or any("alpha" in of for of in modules.values())):
+        raise FormatError("", "the file says its alpha, and another is given", "Leave alpha out")
     numbers = fields.numbers(modules) if fields is not None else {}
     others = known - modules.keys()
     sites = {}
     for name, of in modules.items():
         bare = name.removeprefix("text_model.")  # see `name_in_files`
         own = bare if name not in known and bare in others else name
-        site = plain_site(own, of["A"], of["B"], of.get("alpha"))
+        site = plain_site(own, of["A"], of["B"], of.get("alpha", alpha))
         if fields is not None:
             spec = replace(site.spec, alpha=numbers[name][1], scaling=fields.scaling)
             site = replace(site, spec=spec)

@@ -25,6 +25,7 @@ RULES = [
 ]
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and PEFT about each other
 CONFIG = {"rank": 2, "alpha": 5.0}
+PIPELINE = "pytorch_lora_weights.safetensors"
 PAIR = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(6, 2)}
 
 
@@ -170,6 +171,48 @@ def test_a_part_of_a_file_is_asked_for_and_never_guessed(tmp_path: Path) -> None
     with refused(li.FormatError, "'unet.lora_alpha'"):
         li.read_adapter(file, component="")
     assert li.read_adapter(file, component="unet").sites["a"].scale == 2.0
+
+
+class Gpt2(nn.Module):
+    """Whose own names begin as those of a pipeline's component do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict({"fc": nn.Linear(4, 6)})
+
+
+@pytest.mark.parametrize("start", ["", "transformer."])
+def test_the_alpha_of_a_lone_file_is_asked_for_and_never_guessed(start, run, tmp_path) -> None:
+    """A scale of 1 is right for a part of a pipeline, and for other files their alpha is lost."""
+    file, name = tmp_path / "a.safetensors", f"{start}fc"
+    save_file({f"{name}.{end}": t.clone() for end, t in PAIR.items()}, file)
+    model = Gpt2() if start else nn.ModuleDict({"fc": nn.Linear(4, 6)})
+    part = "transformer" if start else ""
+    asked = f'component="{part}"', "alpha=", 'format="diffusers"'
+    for act in (lambda: li.read_adapter(file), lambda: li.load_adapter(model, file)):
+        with refused(li.FormatError, str(file), *asked, model=model):
+            act()
+    assert f"--from-component {part or repr(part)}" in run("inspect", file).err
+    assert li.read_adapter(file, alpha=32).sites[name].scale == 16.0
+    assert li.adapter_state(li.load_adapter(model, file, alpha=32)).sites[name].scale == 16.0
+    assert li.read_adapter(file, component="").sites[name].scale == 1.0
+    (site,) = li.read_adapter(file, format="diffusers").sites.values()
+    assert site.scale == 1.0
+    if start:  # a model tells of which of the two it is
+        inner = nn.ModuleDict({"fc": nn.Linear(4, 6)})
+        assert li.adapter_state(li.load_adapter(inner, file)).sites["fc"].scale == 1.0
+        assert run("inspect", file, "--from-component", "transformer").code == 0
+    save_file({f"{name}.{end}": t.clone() for end, t in PAIR.items()}, tmp_path / PIPELINE)
+    (site,) = li.read_adapter(tmp_path / PIPELINE, component=None).sites.values()
+    assert site.scale == 1.0  # as diffusers calls it
+
+
+def test_an_alpha_beside_that_of_the_file_is_refused(tmp_path: Path) -> None:
+    tensors = {f"unet.fc.{end}": t.clone() for end, t in PAIR.items()}
+    said = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4})}
+    save_file(tensors, tmp_path / "a.safetensors", said)
+    with refused(li.FormatError, "alpha"):
+        li.read_adapter(tmp_path / "a.safetensors", component="unet", alpha=8)
 
 
 def vae() -> Any:

@@ -16,7 +16,7 @@ from lora_inject.core.model.gradients import check_live_inputs
 from lora_inject.core.model.put import put_state, survey_for, uncollected
 from lora_inject.core.model.training import say_fixed_biases
 from lora_inject.errors import check_type, user_path, within
-from lora_inject.formats.exchange import detected, read_adapter
+from lora_inject.formats.exchange import read_adapter
 from lora_inject.formats.hub import on_disk
 from lora_inject.formats.live_models import facts_about
 
@@ -79,7 +79,6 @@ def load_adapter(
     files = user_path("load adapter", path)
     if revision is not None or not lexists(files):
         files = on_disk(files, path, revision, asked)
-    format = format or detected(files)  # noqa: A001
     state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
     fitted = fit(survey, state, leave_out, base, leave_new=leave_new, asked=asked)
     if trainable:
