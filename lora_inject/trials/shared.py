@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import Entry, factors_of, held_by
-from lora_inject.core.layers.kinds import LoRALinear, gain_in_forward
+from lora_inject.core.layers.kinds import LoRALinear, gains_in_forward
 from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError, StateError
@@ -138,8 +138,8 @@ class TrialRows(Rows):
         x = layer._lora_input(args, kwargs)
         kept = self._drop(layer, name, x, max(recipe.dropout for recipe in recipes))
         updates = factors_of(recipes, held_by(layer), training=False)
-        gain = gain_in_forward(layer, self._whole, recipes)
-        return layer._lora_dropped(args, kwargs, kept, updates, gain)
+        gains = gains_in_forward(layer, self._whole, recipes)
+        return layer._lora_dropped(args, kwargs, kept, updates, gains)
 
     def _drop(self, layer: Adapted, name: str, x: Tensor, p: float) -> Tensor:
         """Drop elements of one trial's rows, drawn for what is not padded; the rest stays."""

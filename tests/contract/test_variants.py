@@ -1,7 +1,9 @@
 """Variants of LoRA: DoRA on every kind of layer, against dense layers in float64 and PEFT."""
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,8 +18,10 @@ from helpers.refusals import refused
 from helpers.states import give_biases_of_b, with_biases_of_b
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
+from contract.kinds import OwnForward, conv1d
 
 
 def test_dropout_is_pefts(tmp_path: Path) -> None:
@@ -32,6 +36,221 @@ def test_dropout_is_pefts(tmp_path: Path) -> None:
     ours = model.train()(x)
     torch.manual_seed(1)
     assert error(ours, other(x)) <= 1e-6
+
+
+# ------------------------------------------------------ outputs of which an update leaves little
+
+LEFT = (0.9, 0.5, 0.2, 0.1, 0.05, 0.02)  # shares of the first weights of six outputs, in tenths
+WIDE = 64
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """A layer, and the first axis of its weight and of its outputs that outputs have."""
+
+    layer: Callable[[], nn.Module]
+    shape: tuple[int, ...] = (16, WIDE)  # of its inputs; none: ids
+    axis: int = 0  # of its weight
+    channel: int = -1  # of its output
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    weight: str = "weight"
+
+    def rows(self, W: Tensor) -> Tensor:
+        """The weight as `(out, in)`."""
+        return W.movedim(self.axis, 0).flatten(1)
+
+    def dense(self, W: Tensor, site: Any) -> Tensor:
+        """`m V / |V|` for `V = W + scale * B A`, in float64 and with the shape of W."""
+        B, n = site.B.double(), site.spec.out_features
+        total = self.rows(W.double()) + site.scale * B @ site.A.double()
+        assert n == len(B)
+        total = total * (site.tensors["m"].double() / total.norm(dim=1))[:, None]
+        shape = W.movedim(self.axis, 0).shape
+        return total.reshape(shape).movedim(0, self.axis)
+
+
+CANCELLED = {
+    "linear": Cancelled(lambda: nn.Linear(WIDE, 48)),
+    "no bias": Cancelled(lambda: nn.Linear(WIDE, 48, bias=False), (2, 3, WIDE)),
+    "conv1d": Cancelled(lambda: conv1d(48, WIDE), axis=1),
+    "embedding": Cancelled(lambda: nn.Embedding(WIDE, 48), (), axis=1),
+    "own forward": Cancelled(lambda: OwnForward(WIDE, 48)),
+    "conv 2d": Cancelled(lambda: nn.Conv2d(16, 48, 2), (4, 16, 3, 3), channel=1),
+}
+
+
+def left_of(how: Cancelled, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """A layer, and an adapter that leaves of six outputs these shares, mixed over its ranks."""
+    plain = nn.Sequential(how.layer()).to(dtype)
+    config = {"rank": 8, "alpha": 4, "variant": "dora", "targets": [{"match": "0", **how.rule}]}
+    state = li.adapter_state(li.inject(copy.deepcopy(plain), config))
+    site = state.sites["0"]
+    W = how.rows(plain[0].weight.detach().double())[: len(LEFT)]
+    mixed, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
+    site.A.copy_(mixed[:, : len(LEFT)] @ W)
+    site.B.normal_(0, 0.02)
+    gone = 1 - torch.tensor(LEFT, dtype=torch.float64)
+    site.B[: len(LEFT)] = -(gone / site.scale)[:, None] * mixed[:, : len(LEFT)].T
+    site.tensors["m"].mul_(0.5 + torch.rand_like(site.tensors["m"]))
+    return plain, state
+
+
+def merged(model: Any) -> nn.Module:
+    li.merge(model)
+    return model
+
+
+def routed(model: Any, x: Tensor) -> Tensor:
+    with li.routed(model, ["default"] * len(x)):
+        y: Tensor = model(x)
+        return y
+
+
+AROUND: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "plain": lambda model, x: model(x),
+    "without gradients": lambda model, x: torch.no_grad()(model)(x),
+    "recomputed": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "routed": routed,
+    "merged": lambda model, x: merged(model)(x),
+}
+
+
+def off_by(how: Cancelled, found: Tensor, wanted: Tensor) -> float:
+    """The largest error of the six outputs, each relative to its own largest value."""
+    both = (t.detach().double().movedim(how.channel, 0).flatten(1) for t in (found, wanted))
+    one, due = (t[: len(LEFT)] for t in both)
+    assert torch.isfinite(found).all()
+    return float(((one - due).abs().amax(1) / due.abs().amax(1)).max())
+
+
+LITTLE = {torch.bfloat16: 3e-2, torch.float16: 3e-2, torch.float32: 1e-4}
+
+
+def twin_of(how: Cancelled, plain: nn.Module, state: Any, x: Tensor) -> Tensor:
+    """What the plain layer gives in float64 with the dense weight."""
+    W = {"0.weight": how.dense(plain[0].weight.detach(), state.sites["0"])}  # type: ignore[index]
+    wide = x.double() if x.is_floating_point() else x
+    y: Tensor = torch.func.functional_call(copy.deepcopy(plain).double(), W, (wide,))
+    return y
+
+
+def with_little_left(layer: str, dtype: torch.dtype) -> tuple[Cancelled, Any, Any, Tensor, Tensor]:
+    """How a layer is, its model, its adapter, an input and the output that is due."""
+    how = CANCELLED[layer]
+    plain, state = left_of(how, dtype)
+    model = li.train_only(li.install(copy.deepcopy(plain), state), "default")
+    x = torch.randn(how.shape).to(dtype) if how.shape else torch.arange(WIDE)
+    return how, model, state, x, twin_of(how, plain, state, x)
+
+
+@pytest.mark.parametrize("dtype", LITTLE)
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("layer", CANCELLED)
+def test_an_output_of_which_the_update_leaves_little_is_the_dense_one(
+    layer: str, around: str, dtype: torch.dtype
+) -> None:
+    """Its norm was rounded to 16 bits: of 2 % nothing was left, and outputs were 1e27 or Inf."""
+    how, model, _, x, wanted = with_little_left(layer, dtype)
+    assert off_by(how, AROUND[around](model, x), wanted) < LITTLE[dtype]
+
+
+@pytest.mark.parametrize("dtype", LITTLE)
+@pytest.mark.parametrize("layer", CANCELLED)
+def test_what_trains_an_output_of_which_little_is_left_is_the_dense_gradient(
+    layer: str, dtype: torch.dtype
+) -> None:
+    how, model, state, x, wanted = with_little_left(layer, dtype)
+    site = state.sites["0"]
+    plain, W = li.eject(copy.deepcopy(model)), how.rows(model[0].get_parameter("weight").detach())
+    A, B, m = (t.double().requires_grad_() for t in (site.A, site.B, site.tensors["m"]))
+    rows = W.double() + site.scale * B @ A
+    rows = rows * (m / rows.detach().norm(dim=1))[:, None]
+    shape = plain[0].weight.movedim(how.axis, 0).shape
+    dense = {"0.weight": rows.reshape(shape).movedim(0, how.axis)}
+    wide = x.double().requires_grad_() if x.is_floating_point() else x
+    due = torch.func.functional_call(plain.double(), dense, (wide,))
+    assert error(due, wanted) < 1e-12
+    y = model(x.requires_grad_(x.is_floating_point()))
+    g = torch.randn(y.shape).to(y.dtype)
+    y.backward(g)
+    due.backward(g.double())
+    leaves = li.adapter_parameters(model)
+    pairs = [(leaves[f"0.lora_{role}"], t) for role, t in (("A", A), ("B", B), ("m", m))]
+    for one, other in [*pairs, *([(x, wide)] if x.is_floating_point() else [])]:
+        assert error(one.grad, other.grad) < LITTLE[dtype]
+
+
+@pytest.mark.parametrize("dtype", LITTLE)
+def test_trials_of_which_the_update_leaves_little_are_the_dense_ones(dtype: torch.dtype) -> None:
+    how = CANCELLED["linear"]
+    plain, state = left_of(how, dtype)
+    config = {"rank": 8, "alpha": 4, "variant": "dora", "targets": ["0"]}
+    trials = {
+        "one": li.Trial(config, lr=1e-3),
+        "two": li.Trial({**config, "dropout": 0.3}, lr=1e-3),
+    }
+    running = li.Trials(copy.deepcopy(plain), trials)
+    for name in trials:
+        li.swap_adapter(running.model, copy.deepcopy(state), name)
+    x = torch.randn(how.shape).to(dtype)
+    seen = []
+
+    def forward(batch: Tensor) -> Tensor:
+        seen.append(running.model(batch))
+        return seen[-1]
+
+    running.step(dict.fromkeys(trials, x), forward=forward, loss=lambda y, _: y.square().mean())
+    (together,) = [y for y in seen if y.requires_grad and len(y) == 2 * len(x)]
+    assert off_by(how, together[: len(x)], twin_of(how, plain, state, x)) < LITTLE[dtype]
+    assert torch.isfinite(together).all()
+
+
+@pytest.mark.parametrize("dtype", LITTLE)
+def test_what_dropout_has_left_of_an_input_meets_little_of_an_output(dtype: torch.dtype) -> None:
+    """The gain multiplies W x' + u by itself, and never the rounding of W x + b."""
+    how = CANCELLED["linear"]
+    plain, state = left_of(how, dtype)
+    nn.init.normal_(plain[0].bias, 0, 4)
+    site, x = state.sites["0"], torch.randn(how.shape).to(dtype)
+    config = {"rank": 8, "alpha": 4, "variant": "dora", "dropout": 0.5, "targets": ["0"]}
+    model = li.inject(copy.deepcopy(plain), config).train()
+    with torch.no_grad():
+        for role, t in site.tensors.items():
+            li.adapter_parameters(model)[f"0.lora_{role}"].copy_(t)
+    torch.manual_seed(1)
+    kept = nn.functional.dropout(x, 0.5).double()
+    torch.manual_seed(1)
+    found = model(x)
+    W, b = plain[0].weight.detach().double(), plain[0].bias.detach().double()
+    wanted = x.double() @ W.T + b + kept @ (how.dense(W, site) - W).T
+    assert off_by(how, found, wanted) < LITTLE[dtype]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", LITTLE)
+def test_no_bias_and_no_output_of_zeros_makes_noise_or_inf_of_a_gain(
+    dtype: torch.dtype, bias: bool
+) -> None:
+    how = CANCELLED["linear"]
+    plain, state = left_of(how, dtype)
+    if bias:
+        nn.init.normal_(plain[0].bias, 0, 8)
+    else:
+        plain[0].register_parameter("bias", None)
+    with torch.no_grad():
+        plain[0].weight[-1].zero_()  # and nothing is added to it
+    state.sites["0"].B[-1].zero_()
+    model = li.install(copy.deepcopy(plain), state, base="any")
+    x = torch.randn(how.shape).to(dtype)
+    W = how.dense(plain[0].weight.detach(), state.sites["0"]).nan_to_num(0)
+    wide = copy.deepcopy(plain).double()
+    wanted = torch.func.functional_call(wide, {"0.weight": W}, (x.double(),))
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            y = model(x)
+        b = plain[0].bias.double() if bias else 0
+        assert off_by(how, y - b, wanted - b) < LITTLE[dtype] * (8 if bias else 1)  # b is rounded
+        assert error(y[:, -1:] + 1, wanted[:, -1:] + 1) < LITTLE[dtype]
 
 
 def test_what_cannot_carry_a_magnitude_refuses_it(tmp_path: Path) -> None:
@@ -73,6 +292,42 @@ def use_and_save_a_gate(folder: Path) -> None:
         li.save_adapter(model, folder / "a")
     li.merge(model)
     assert error(model(x), wanted) <= 1e-6
+
+
+def differentiate_gates() -> None:
+    """Gates are all that no norm is in, so finite differences know each of their derivatives."""
+    li.extending.register_variant(Gate)
+    for bias, dropout, rule in itertools.product([True, False], [0.0, 0.4], [{}, SLICES]):
+        model = nn.Sequential(nn.Linear(3, 6, bias=bias).double())
+        config = {"rank": 2, "alpha": 1.4, "variant": "gate", "dropout": dropout}
+        fill(li.inject(model, {**config, "targets": [{"match": "0", **rule}]}))
+        named = dict(model.named_parameters())
+        with torch.no_grad():
+            named["0.lora_g0__default"][1] = 0
+        leaves = [torch.randn(7, 3, dtype=torch.float64, requires_grad=True)]
+        leaves += [p.detach().clone().requires_grad_() for p in named.values()]
+
+        def run(x: Tensor, *tensors: Tensor) -> Tensor:
+            torch.manual_seed(4)
+            given = dict(zip(named, tensors, strict=True))  # noqa: B023 - called in the loop
+            return torch.func.functional_call(model, given, (x,))  # noqa: B023
+
+        assert torch.autograd.gradcheck(run, leaves)
+        assert torch.autograd.gradgradcheck(run, leaves)
+        both = [
+            torch.autograd.grad(run(*leaves).cos().sum(), leaves, create_graph=graph)
+            for graph in (False, True)
+        ]
+        assert all(error(one, other) < 1e-12 for one, other in zip(*both, strict=True))
+        model.eval()  # without dropout
+        assert error(model(leaves[0]), torch.no_grad()(model)(leaves[0])) < 1e-12
+
+
+SLICES = {"slices": {"q": 2, "k": 1, "v": 3}, "adapt": ["q", "v"]}
+
+
+def test_both_derivatives_of_a_layer_with_gains_by_finite_differences(forks: Forks) -> None:
+    forks.start(differentiate_gates).result()
 
 
 def test_a_variant_from_outside_the_package(tmp_path: Path, forks: Forks) -> None:

@@ -6,6 +6,7 @@
    keep too, `h = x A^T`, which is thin, and which elements were dropped. It casts the thin factors
    and never x, unless the low-rank arithmetic is wider than x.
 3. Without gradients it is the forward of that Function.
+4. Where outputs have gains, 2 and 3 multiply by W + delta itself (`gained_linear`).
 
 Every forward is the same sequence of operations, on every device and for every number of tokens.
 """
@@ -29,6 +30,7 @@ from lora_inject.core.functional.factors import (
     no_view,
     without_autocast,
 )
+from lora_inject.core.functional.gain import Gains, gained
 from lora_inject.core.functional.plain_operations import add_updates, differentiate
 from lora_inject.core.functional.torch_inside import runs_plainly
 from lora_inject.core.spec.sites import adapted_parts
@@ -42,6 +44,7 @@ def linear(
     *,
     transposed: bool = False,
     float32: bool,
+    formed: Formed | None = None,
 ) -> Tensor:
     """Apply a frozen linear layer and its low-rank updates, as one step where nothing watches.
 
@@ -52,6 +55,7 @@ def linear(
         updates: The updates to add.
         transposed: Whether the weight is stored (in, out), as GPT-2's Conv1D stores it.
         float32: Keep the low-rank arithmetic in float32 on a 16-bit base.
+        formed: What x is multiplied by in the one step; see `gained_linear`.
 
     Returns:
         `(..., out)`, in the dtype of the plain layer's output.
@@ -76,8 +80,69 @@ def linear(
     how = _How(transposed, float32, low, [u[2:] for u in updates])
     factors = [t for u in updates for t in (u.A, u.B)]
     with off or nullcontext():
-        output: Tensor = _Linear.apply(x, weight, bias, how, *factors)  # type: ignore[no-untyped-call]
+        output: Tensor = _Linear.apply(x, weight, bias, how, formed, *factors)  # type: ignore[no-untyped-call]
     return output
+
+
+class Formed(NamedTuple):
+    """W + delta, which x is multiplied by where outputs have gains, as `gain.Sum` has it."""
+
+    total: Tensor
+    left: Tensor
+    right: Tensor
+    within: Tensor | None  # the gains that were multiplied into the total
+
+
+def gained_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    updates: Sequence[Update],
+    gains: Gains,
+    *,
+    transposed: bool,
+    float32: bool,
+) -> Tensor:
+    """Apply a frozen linear layer with updates whose outputs have gains: `x (g (W + delta))^T + b`.
+
+    An update may leave little of an output's weight. `W x` in 16 bits, rounded before the update is
+    added and its gain multiplied, is then noise. So x is multiplied by W + delta, which `gains` has
+    formed; the gradients are those of the thin products. Where anything watches a forward with
+    gradients, and over packed weights, it is the formula `g y + (1 - g) b` with that noise.
+
+    Where a bias follows, and where a gain may be more than 16 bits hold, a gain above 1 is in the
+    weight: `g y` would multiply the rounding of the bias as well.
+
+    Args:
+        x: `(..., in)`.
+        weight: `(out, in)`, or `(in, out)` where `transposed`.
+        bias: `(out,)` or None.
+        updates: The updates, without dropout.
+        gains: Their gains, and W + delta.
+        transposed: Whether the weight is stored (in, out).
+        float32: Keep the low-rank arithmetic in float32 on a 16-bit base.
+
+    Returns:
+        `(..., out)`, in the dtype of the plain layer's output, whose bits it has where gains are 1
+        and updates are 0.
+    """
+    gain, summed = gains
+    strided = x.layout is torch.strided
+    if torch.is_grad_enabled() and not (strided and runs_plainly()):
+        y = linear(x, weight, bias, updates, transposed=transposed, float32=float32)
+        return gained(y, gain, bias)
+    within = None
+    if bias is not None or summed.total.dtype == torch.float16:
+        within = gain.detach().clamp(min=1)
+        of_weight = cast(within if transposed else within[:, None], summed.total.dtype)
+        summed = summed._replace(total=summed.total * of_weight)
+        gain = gain / within
+    if torch.is_grad_enabled():
+        formed, how = Formed(*summed, within), {"transposed": transposed, "float32": float32}
+        y = linear(x, weight, bias, updates, formed=formed, **how)
+    else:
+        y = frozen_output(x, summed.total, bias, transposed)
+    return gained(y, gain, bias)
 
 
 def frozen_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -94,16 +159,19 @@ def _forward(
     transposed: bool,
     float32: bool,
     low: torch.dtype | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the output, and the tensors of `_Kept` of each update; `low` is autocast's dtype.
+    """Return the output, and the tensors of `_Kept` of each update.
 
+    `low` is autocast's dtype. With `total`, W + delta, x is multiplied by that.
     Few calls of Python, which are much of the time of one token.
     """
+    matrix = weight if total is None else total
     if low is None:
-        y = frozen_output(x, weight, bias, transposed)
+        y = frozen_output(x, matrix, bias, transposed)
     else:
         low_bias = None if bias is None else cast(bias, low)
-        y = frozen_output(cast(x, low), cast(weight, low), low_bias, transposed)
+        y = frozen_output(cast(x, low), cast(matrix, low), low_bias, transposed)
     y2, x2 = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     dtype = compute_dtype(y.dtype, float32)
     x2 = cast(x2, dtype)
@@ -114,7 +182,9 @@ def _forward(
             A, B = A.to(dtype), B.to(dtype)
         into, mask = torch.native_dropout(x2, dropout, True) if dropout else (x2, None)
         h = F.linear(into, A)
-        if spans is None and y.dtype == dtype:
+        if total is not None:
+            pass
+        elif spans is None and y.dtype == dtype:
             y2.addmm_(h, B.t(), alpha=scale)
         else:
             for y_part, h_part, B_part in _parts(u, y2, h, B):
@@ -161,15 +231,22 @@ class _How(NamedTuple):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        how: _How,
+        formed: Formed | None,
+        *factors: Tensor,
     ) -> Tensor:
         transposed, float32, low, _ = how
         updates = how.updates(factors)
+        total, *of_sum = formed or (None,) * 4  # the total is not kept
         y, kept = _forward(
-            x, weight, bias, updates, transposed=transposed, float32=float32, low=low
+            x, weight, bias, updates, transposed=transposed, float32=float32, low=low, total=total
         )
         ctx.how = how
-        ctx.save_for_backward(x, weight, bias, *factors, *kept)
+        ctx.save_for_backward(x, weight, bias, *of_sum, *factors, *kept)
         # On a CPU `F.linear` of a batch is a view of a matrix. Autograd forbids to change a view
         # that a Function returns, and models do change a layer's output in place.
         return no_view(y, y.shape)
@@ -180,32 +257,40 @@ class _Linear(torch.autograd.Function):
             return (_differentiated if torch.is_grad_enabled() else _gradients)(ctx, g)
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor], list[_Kept]]:
-    """Return what a forward saved: x, weight, bias, the factors, and what each update kept."""
-    x, weight, bias, *rest = ctx.saved_tensors
+def _saved(
+    ctx: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None], list[Tensor], list[_Kept]]:
+    """Return x, weight, bias, all but the total of `Formed`, factors, and what each update kept."""
+    x, weight, bias, left, right, within, *rest = ctx.saved_tensors
     n = 2 * len(ctx.how.terms)
-    return x, weight, bias, rest[:n], [_Kept(*rest[i : i + 4]) for i in range(n, len(rest), 4)]
+    kept = [_Kept(*rest[i : i + 4]) for i in range(n, len(rest), 4)]
+    return x, weight, bias, [left, right, within], rest[:n], kept
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients that are needed: of the frozen layer first, then of each update."""
     how, needs = ctx.how, ctx.needs_input_grad
-    x, weight, bias, factors, kept = _saved(ctx)
+    x, weight, bias, (left, right, within), factors, kept = _saved(ctx)
     g2, x2, dtype = as_matrix(g), as_matrix(x), compute_dtype(g.dtype, how.float32)
-    gx = gw = gb = None
+    gx = gw = gb = added = None
+    if bias is not None and needs[2]:
+        gb = cast(g2.sum(0), bias.dtype)
+    if within is not None:
+        g2 = g2 * cast(within, g2.dtype)
     if needs[0]:
-        gx = torch.mm(g2, cast(weight.t() if how.transposed else weight, g2.dtype))
+        total = weight if left is None or right is None else torch.addmm(weight, left, right)
+        gx = torch.mm(g2, cast(total.t() if how.transposed else total, g2.dtype))
         gx = cast(gx, dtype) if x.dtype == dtype else gx
+        added = gx if left is None else None  # else the sum has the updates
     if needs[1]:
         low = cast(x2, g2.dtype)
         gw = cast(low.t() @ g2 if how.transposed else g2.t() @ low, weight.dtype)
-    if bias is not None and needs[2]:
-        gb = cast(g2.sum(0), bias.dtype)
     g2 = cast(g2, dtype)
     grads: list[Tensor | None] = []
     for i, (u, one) in enumerate(zip(how.updates(factors), kept, strict=True)):
-        grads += _of_update(u, one, g2, x2, gx, needs[4 + 2 * i : 6 + 2 * i])
-    return None if gx is None else cast(gx.view(x.shape), x.dtype), gw, gb, None, *grads
+        grads += _of_update(u, one, g2, x2, added, needs[5 + 2 * i : 7 + 2 * i])
+    gx = None if gx is None else cast(gx.view(x.shape), x.dtype)
+    return gx, gw, gb, None, None, *grads
 
 
 def _of_update(
@@ -234,7 +319,7 @@ def _of_update(
 def _differentiated(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients with a graph, by the formula: this backward is itself differentiated."""
     how = ctx.how
-    x, weight, bias, factors, kept = _saved(ctx)
+    x, weight, bias, (_, _, within), factors, kept = _saved(ctx)
     low_x, low_weight, low_bias = x, weight, bias
     if how.low is not None:
         low_x, low_weight = cast(x, how.low), cast(weight, how.low)
@@ -242,7 +327,9 @@ def _differentiated(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     y = frozen_output(low_x, low_weight, low_bias, how.transposed)
     masks = [None if one.mask is None else one.mask.view(x.shape) for one in kept]
     y = add_updates(y, x, how.updates(factors), float32=how.float32, masks=masks)
-    inputs = (x, weight, bias, None, *factors)
+    if within is not None:
+        y = gained(y, within, bias)
+    inputs = (x, weight, bias, None, None, *factors)
     return differentiate(y, inputs, ctx.needs_input_grad, g)
 
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_inject.core.functional.factors import Update
-from lora_inject.core.functional.gain import gained, updated_norms
-from lora_inject.core.functional.linear import frozen_output, linear
+from lora_inject.core.functional.gain import Gains, gained, gains_of
+from lora_inject.core.functional.linear import frozen_output, gained_linear, linear
 from lora_inject.core.functional.plain_operations import add_updates, embedding
 from lora_inject.core.layers.adapted import (
     Adapted,
@@ -82,8 +82,8 @@ class ForwardUpdate(Adapted):
         updates = factors_of(recipes, held_by(self), training=self.training)
         if self.training and not compiling:
             self._lora_check_vain(t for u in updates for t in (u.A, u.B))
-        gain = gain_in_forward(self, mix, recipes) if self._lora.gains else None
-        return self._lora_with_updates(args, kwargs, updates, gain)
+        gains = gains_in_forward(self, mix, recipes) if self._lora.gains else None
+        return self._lora_with_updates(args, kwargs, updates, gains)
 
     def _lora_choose(self, mix: Selected) -> tuple[Recipe, ...]:
         """Look up what takes part under a mix."""
@@ -118,10 +118,10 @@ class ForwardUpdate(Adapted):
 # --------------------------------------------------------------------------- a gain of the outputs
 
 
-def gain_in_forward(
+def gains_in_forward(
     layer: ForwardUpdate, mix: Selected, recipes: Iterable[Recipe]
-) -> Tensor | None:
-    """Return the gains of a layer's outputs under a mix `(out,)`, with a gradient to the magnitude.
+) -> Gains | None:
+    """Return the gains of a layer's outputs under a mix, with a gradient to the magnitude.
 
     None where no adapter has one; who has one is alone.
     """
@@ -144,7 +144,7 @@ def gain_in_forward(
     gain = entry.gain(held_by(layer))
     assert gain is not None
     updates = factors_of(recipes, held_by(layer), training=False)
-    return gain.of(updated_norms(weight, updates, layer.geometry(layer).transposed))
+    return gains_of(weight, updates, gain, layer.geometry(layer).transposed)
 
 
 # ------------------------------------------------------------------------------------ linear layers
@@ -196,7 +196,7 @@ class LoRALinear(ForwardUpdate):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         updates: Sequence[Update],
-        gain: Tensor | None = None,
+        gains: Gains | None = None,
     ) -> Any:
         """Compute the layer with a sum of updates.
 
@@ -205,8 +205,8 @@ class LoRALinear(ForwardUpdate):
            multiplies with W + delta.
         3. Else the layer runs unchanged, and the sum is added to its output.
         """
-        if gain is not None:
-            return self._lora_gained(args, kwargs, updates, gain)
+        if gains is not None:
+            return self._lora_gained(args, kwargs, updates, gains)
         x = args[0] if len(args) == 1 and not kwargs else self._lora_input(args, kwargs)
         float32 = self._lora.float32
         if self._lora_stock and not x.is_nested:
@@ -224,13 +224,9 @@ class LoRALinear(ForwardUpdate):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         updates: Sequence[Update],
-        gain: Tensor,
+        gains: Gains,
     ) -> Any:
-        """Compute the layer with a sum of updates u, and multiply by a gain g.
-
-        `g (W x + u) + b = (W x + b + u) + (g - 1) (W x + u)`, which is the plain output to the bit
-        where g is 1 and u is 0. With dropout the second W x uses the dropped x, too.
-        """
+        """Compute the layer with a sum of updates u and a gain g: `g (W x + u) + b`."""
         x = self._lora_input(args, kwargs)
         if x.is_nested:
             asked, problem = (
@@ -241,9 +237,13 @@ class LoRALinear(ForwardUpdate):
         if updates[0].dropout:
             kept = F.dropout(x, updates[0].dropout)
             updates = [update._replace(dropout=0.0) for update in updates]
-            return self._lora_dropped(args, kwargs, kept, updates, gain)
+            return self._lora_dropped(args, kwargs, kept, updates, gains)
+        if (stock := self._lora_plain_matrix()) is not None:
+            weight, bias = stock
+            how = {"transposed": self.transposed, "float32": self._lora.float32}
+            return gained_linear(x, weight, bias, updates, gains, **how)
         y = self._lora_with_updates(args, kwargs, updates)
-        return self._lora_times(y, y, gain)
+        return gained(y, gains.of_outputs, self._lora_own("bias"))
 
     def _lora_dropped(
         self,
@@ -251,18 +251,31 @@ class LoRALinear(ForwardUpdate):
         kwargs: dict[str, Any],
         kept: Tensor,
         updates: Sequence[Update],
-        gain: Tensor | None,
+        gains: Gains | None,
     ) -> Tensor:
-        """Compute the layer where the input of the updates is what dropout has left of its own."""
+        """Compute the layer where the input of the updates is what dropout has left of its own.
+
+        With a gain it is `W x + b + u + (g - 1) (W x' + u)`, where x' is what dropout has left: the
+        plain output to the bit where g is 1 and u is 0.
+        """
         plain = self._lora_without_updates(args, kwargs)
         y = add_updates(plain, kept, updates, float32=self._lora.float32)
-        if gain is None:
+        if gains is None:
             return y
-        return self._lora_times(y, self._lora_with_updates((kept,), {}, updates), gain)
+        more = gains._replace(of_outputs=gains.of_outputs - 1)
+        if (stock := self._lora_plain_matrix()) is not None:
+            how = {"transposed": self.transposed, "float32": self._lora.float32}
+            return y + gained_linear(kept, stock[0], None, updates, more, **how)
+        base, bias = self._lora_with_updates((kept,), {}, updates), self._lora_own("bias")
+        base = base if bias is None else base - bias.to(base.dtype)
+        return torch.addcmul(y, base, more.of_outputs.to(y.dtype))
 
-    def _lora_times(self, y: Tensor, base: Tensor, gain: Tensor) -> Tensor:
-        bias = self._lora_own("bias")
-        return gained(y, base if bias is None else base - bias.to(base.dtype), gain)
+    def _lora_plain_matrix(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return weight and bias of a stock layer over a plain tensor; None for every other."""
+        if not self._lora_stock:
+            return None
+        weight, bias = self._lora_weight_and_bias()
+        return (weight, bias) if type(weight) in PLAIN else None
 
     def _lora_without_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer without its forward updates."""
@@ -378,7 +391,7 @@ class LoRAEmbedding(ForwardUpdate):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         updates: Sequence[Update],
-        gain: Tensor | None = None,
+        gains: Gains | None = None,
     ) -> Any:
         """Look rows up with a sum of updates, and multiply by a gain."""
         ids, weight = self._lora_input(args, kwargs), self._lora_own("weight")
@@ -386,12 +399,15 @@ class LoRAEmbedding(ForwardUpdate):
             rows = self._lora_rows(ids, formed_weight(self))
         else:
             base = self._lora_rows(ids, weight)
-            rows = embedding(base, ids, updates, self.padding_idx, float32=self._lora.float32)
-        if gain is None:
+            # Rounding is multiplied by a gain, so it waits for the sum.
+            float32 = self._lora.float32 or gains is not None
+            rows = embedding(base, ids, updates, self.padding_idx, float32=float32)
+        if gains is None:
             return rows
+        gain = gains.of_outputs
         if self.padding_idx is not None:  # no gradient from the padding row
             gain = torch.where((ids == self.padding_idx).unsqueeze(-1), gain.detach(), gain)
-        return gained(rows, rows, gain)
+        return gained(rows, gain, None)
 
     def _lora_without_updates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look rows up in the plain table, which stays as it is: other rows may have adapters."""

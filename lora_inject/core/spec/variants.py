@@ -78,8 +78,8 @@ class Dora(Variant):
         return {"m": norms().to(factors["B"].dtype)}
 
     def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
-        """Return `m / norms`; an output of zeros stays zero."""
-        return tensors["m"] / norms.clamp(min=1e-30)
+        """Return `m / norms`, and 0 for an output of zeros: in 16 bits `m / 1e-30` would be Inf."""
+        return tensors["m"] / norms.clamp(min=1e-30) * (norms > 0)
 
 
 VARIANTS: dict[str, Variant] = {"lora": Variant(), "dora": Dora()}
