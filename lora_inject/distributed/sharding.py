@@ -45,12 +45,10 @@ class Sharding(Library):
         """Return whether torch.distributed moves a parameter."""
         return _group_was_made() and is_moved(module, param, held)
 
-    def before_attach(self, survey: Survey, asked: str) -> None:
+    def before_attach(self, survey: Survey, asked: str, *, trains: bool) -> None:
         """Refuse a model that is spread over processes, but by FSDP2."""
-        if fsdp2_modules(survey):
-            self.before_read(survey)
-        else:
-            _refuse_spread(survey, asked)
+        if not fsdp2_modules(survey):
+            _refuse_spread(survey, asked, trains=trains)
 
     def before_train(self, survey: Survey, parameters: Iterable[nn.Parameter], asked: str) -> None:
         """Raise if parameters are to train that a wrapper around them would not reduce.
@@ -121,11 +119,15 @@ def _group_was_made() -> bool:
     return bool(_groups)
 
 
-def _refuse_spread(survey: Survey, asked: str) -> None:
-    """Check that a model is not spread over processes yet."""
+def _refuse_spread(survey: Survey, asked: str, *, trains: bool) -> None:
+    """Check that a model is not spread over processes yet.
+
+    DistributedDataParallel does so with gradients alone, and an adapter that does not train has
+    none. Before it trains, `before_train` asks again.
+    """
     wrapper: Any = type(survey.given)
     engine = wrapper.__module__ == "deepspeed.runtime.engine"
-    if engine or replicating(survey):
+    if engine or (trains and replicating(survey)):
         name = wrapper.__name__ if engine else "DistributedDataParallel"
         raise LayerError(
             asked,

@@ -700,7 +700,7 @@ def of_two_adapters() -> nn.Module:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_what_ddp_would_not_reduce_is_refused(inside: bool, one_rank: None) -> None:
+def test_what_ddp_would_not_reduce_is_refused(inside: bool, one_rank: None, tmp_path: Path) -> None:
     """It reduces what trained when it wrapped the model; the rest would differ in each process."""
     model = of_two_adapters()
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -709,11 +709,21 @@ def test_what_ddp_would_not_reduce_is_refused(inside: bool, one_rank: None) -> N
     for names in ("a", ["a", "b"]):
         with refused(li.LoraInjectError, "wrap"):
             li.train_only(here, names)
-    state = li.adapter_state(model, "a")
+    state, path = li.adapter_state(model, "a"), li.save_adapter(model, tmp_path / "a", "a")
     rule = {"rank": 2, "targets": ["0"]}
-    for verb in (lambda: li.inject(here, rule, "c"), lambda: li.install(model, state, "c")):
+    for verb in (
+        lambda: li.inject(here, rule, "c"),
+        lambda: li.load_adapter(here, path, "c", trainable=True),
+    ):
         with refused(li.LoraInjectError, "'c'", "wrap"):
             verb()
+    li.load_adapter(here, path, "c")  # which has no gradients to reduce
+    li.install(here, state, "d")
+    wrapped(x()).square().mean().backward()
+    with refused(li.LoraInjectError, "'c'", "wrap"):
+        li.train_only(here, "c")
+    for name in "cd":
+        li.eject(here, name)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
@@ -788,3 +798,22 @@ def test_what_an_adapter_moves_is_sampled_of_shards_too(one_rank: None) -> None:
         marks.append(li.adapter_state(shard(model)).fingerprint)
     assert marks[0] == marks[1]
     assert marks[0]["0.weight"].moved
+
+
+@needs_fsdp2
+@pytest.mark.parametrize(
+    ("rule", "gathered"),
+    [({}, 0), ({"init": "gaussian"}, 0), ({"init": "pissa"}, 1), ({"variant": "dora"}, 1)],
+    ids=str,
+)
+def test_inject_after_fully_shard_gathers_what_its_start_is_made_of(
+    rule: dict[str, Any], gathered: int, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model each W would be once whole in each process."""
+    model, calls = nn.Sequential(two_layers()), []
+    sharded(model)
+    cls: Any = dist.tensor.DTensor
+    whole = cls.full_tensor
+    monkeypatch.setattr(cls, "full_tensor", lambda t, **how: calls.append(t) or whole(t, **how))
+    li.inject(model, RULE | rule | {"targets": [r"0\.0"]})
+    assert len(calls) == gathered

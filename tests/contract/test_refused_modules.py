@@ -1,11 +1,12 @@
 """Modules without a class to swap or without values, and modules that hold their parent."""
 
+from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
-from conftest import fill
+from conftest import fill, snapshot
 from helpers.reference import config
 from helpers.refusals import refused
 from torch import Tensor, nn
@@ -96,3 +97,53 @@ def test_a_layer_of_no_kind_is_refused_by_name_and_its_weight_is_adapted(more: A
         model.first(x), y, dict(model.named_parameters())["second.weight"] + delta.view(5, 3, 4)
     )
     torch.testing.assert_close(model(x, y), wanted + model.second.bias)
+
+
+class Computed(nn.Module):
+    """Its class has an attribute of the name of its parameter."""
+
+    weight = property(lambda self: self._parameters["weight"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parameters["weight"] = nn.Parameter(torch.ones(4, 4))
+
+
+def with_an_adapter() -> nn.Module:
+    return fill(li.inject(nn.Sequential(nn.Linear(4, 4)), config("0")))
+
+
+def around_an_injected_part() -> nn.Module:
+    return nn.Sequential(li.inject(nn.Sequential(nn.Linear(4, 4)), config("0")), nn.Linear(4, 4))
+
+
+def with_a_layer_without_autograd() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    return torch.ao.quantization.quantize_dynamic(net, {"1"})
+
+
+def merged() -> nn.Module:
+    model = with_an_adapter()
+    li.merge(model)
+    return model
+
+
+REFUSED_FOR_THE_MODEL: dict[str, Callable[[], Any]] = {
+    "a name in use": with_an_adapter,
+    "merged": merged,
+    "around a root": around_an_injected_part,
+    "without autograd": with_a_layer_without_autograd,
+    "computed by its class": Computed,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of its own quantization
+@pytest.mark.parametrize("why", REFUSED_FOR_THE_MODEL)
+def test_a_plan_says_what_inject_would_refuse(why: str) -> None:
+    model = REFUSED_FOR_THE_MODEL[why]()
+    rule = config("0" if why != "computed by its class" else "weight")
+    with refused(li.LoraInjectError, model=model) as raised:
+        li.inject(model, rule)
+    before = snapshot(model)
+    assert f"inject would refuse this: {raised.value}" in li.plan(model, rule).notes
+    assert snapshot(model) == before

@@ -72,8 +72,8 @@ class Library:
         """Yield the problem and the remedy of each thing in a plan that it stands against."""
         yield from ()
 
-    def before_attach(self, survey: Survey, asked: str) -> None:
-        """Called before a model gets a new adapter, injected or loaded."""
+    def before_attach(self, survey: Survey, asked: str, *, trains: bool) -> None:
+        """Called before a model gets a new adapter, and to say what would refuse one."""
 
     def before_load(self, survey: Survey, name: str, wanted: Sequence[Carried]) -> None:
         """Called before a model gets a new adapter, once its places are known."""

@@ -22,7 +22,7 @@ from lora_inject.core.layers.attached import Attached, Entry
 from lora_inject.core.layers.library import dense
 from lora_inject.core.layers.survey import base_tensor
 from lora_inject.core.layers.weight_kinds import is_quantized, whole
-from lora_inject.core.spec.sites import SiteSpec
+from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.core.spec.variants import VARIANTS
 
 # The function that `to_empty` applies to each tensor: it gives memory and no values.
@@ -83,7 +83,7 @@ def _start(module: nn.Module, entry: Entry) -> bool:
     if weight.is_meta:
         return False
     held = entry.tensors(module)
-    for role, value in first_values(module, entry, whole(weight)).items():
+    for role, value in first_values(module, entry, weight).items():
         if held[role].is_meta:
             new = nn.Parameter(value, held[role].requires_grad)
             module._parameters[entry.names[role]] = new
@@ -106,11 +106,16 @@ def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, Tensor]:
-    """Return the tensors of a new entry of a module by their roles; `weight` is W, whole."""
+    """Return the tensors of a new entry of a module by their roles, whole.
+
+    A sharded W is gathered only where they are made of its values: all processes call this.
+    """
     spec, dtype = entry.spec, master_dtype(weight.dtype)
     if spec is None:
         role = next(iter(entry.names))
-        return {role: entry.start(weight).to(dtype, copy=True)}
+        return {role: entry.start(whole(weight)).to(dtype, copy=True)}
+    if spec.init in FROM_WEIGHT:
+        weight = whole(weight)
     factors = first_factors(spec, weight, dtype)
     if spec.variant == "lora":
         return factors
@@ -120,6 +125,7 @@ def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, T
 
 def _first_norms(module: nn.Module, spec: SiteSpec, weight: Tensor) -> Tensor:
     """Return the norms of the adapted outputs of W, equal in every bit to the first forward's."""
+    weight = whole(weight)
     if is_quantized(weight):
         weight = dense(module, weight)
     matrix = weight.detach().reshape(spec.matrix_shape)

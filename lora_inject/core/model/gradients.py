@@ -52,7 +52,6 @@ def _dead(survey: Survey) -> Iterator[tuple[str, Reason]]:
 def _held(module: nn.Module, own: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
     """Yield the base tensors of a module that may be packed weights."""
     yield from own.items()
-    for key in _PACKED:
-        buffer = module._buffers.get(key)
-        if buffer is not None and key not in own:
+    for key, buffer in module._buffers.items():  # of a ScriptModule it is no dict
+        if buffer is not None and key in _PACKED:
             yield key, buffer

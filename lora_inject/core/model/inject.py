@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,16 +14,15 @@ from lora_inject.core.layers.candidates import inventory
 from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.starting import first_values
 from lora_inject.core.layers.survey import Carried, Survey, memory_of
-from lora_inject.core.layers.weight_kinds import whole
 from lora_inject.core.model.gradients import check_live_inputs
 from lora_inject.core.model.places import check_statistics, places
-from lora_inject.core.model.put import put, survey_for, uncollected
+from lora_inject.core.model.put import check_takes_adapter, put, survey_for, uncollected
 from lora_inject.core.model.used import refuse_unreached
 from lora_inject.core.spec.config import ConfigLike
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.plan import Plan
 from lora_inject.core.spec.resolve import resolve
-from lora_inject.errors import LayerError
+from lora_inject.errors import LayerError, LoraInjectError
 from lora_inject.formats.from_peft import config_of
 from lora_inject.formats.live_models import notes_on_files
 
@@ -30,12 +30,15 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @uncollected()
-def plan(model: nn.Module, config: ConfigLike) -> Plan:
+def plan(model: nn.Module, config: ConfigLike, name: str = "default") -> Plan:
     r"""Say what `inject` would do, and change nothing.
+
+    What `inject` would refuse of the model, and not of the config, is a note of the plan.
 
     Args:
         model: Any module, also on the meta device.
         config: A `Config`, a dict, the path of a YAML file, or a `LoraConfig`.
+        name: Name of the adapter.
 
     Returns:
         The plan; `print(plan)` shows it as a table.
@@ -50,18 +53,16 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
         >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
         44
     """
-    survey = Survey(model)
-    present = inventory(survey)
-    planned = resolve(config_of(config, present, model), present)
-    notes = [
-        f"inject would refuse this: {problem}. {remedy}"
-        for library in loaded_libraries()
-        for problem, remedy in library.against(survey, planned, leave_new=False)
-    ]
-    try:
-        _checked_places(survey, "", planned, present)
-    except LayerError as error:
-        notes.append(f"inject would refuse this: {error.asked}: {error.found}. {error.remedy}")
+    survey, notes = Survey(model), list[str]()
+
+    @contextmanager
+    def noting() -> Iterator[None]:
+        try:
+            yield
+        except LoraInjectError as error:
+            notes.append(f"inject would refuse this: {error}")
+
+    planned, present, _ = _wanted(survey, config, name, noting, leave_new=False, to_show=True)
     notes += notes_on_files(survey, planned.sites, present.listed)
     return replace(planned, notes=(*planned.notes, *notes))
 
@@ -128,14 +129,8 @@ def put_config(
     last: Callable[[], None] = lambda: None,
 ) -> None:
     """Put a new adapter on by a config; see `inject`, and `put` for what is not `alone`."""
-    survey = survey_for(model, name)
-    check_live_inputs(survey, f"inject {name!r}")
-    present = inventory(survey)
-    planned = resolve(config_of(config, present, model), present, to_show=False)
-    for library in loaded_libraries():
-        for problem, remedy in library.against(survey, planned, leave_new=leave_new):
-            raise LayerError(f"inject {name!r}", problem, remedy)
-    wanted = _checked_places(survey, name, planned, present)
+    survey, raising = survey_for(model), nullcontext
+    planned, _, wanted = _wanted(survey, config, name, raising, leave_new=leave_new, to_show=False)
     copies: dict[Hashable, Mapping[str, Tensor]] = {}
 
     def values(place: Carried) -> Mapping[str, Tensor]:
@@ -149,11 +144,35 @@ def put_config(
     put(survey, name, wanted, values, planned.config.to_dict(), alone=alone, last=last)
 
 
-def _checked_places(survey: Survey, name: str, planned: Plan, present: Inventory) -> list[Carried]:
-    """Return where an adapter goes by a plan; raise `LayerError` if a module cannot take it."""
-    check_statistics(survey, planned.config.train, present)
-    rows = {key: each.rows for each in planned.trained for key in survey.names_of(each.name)}
-    return places(survey, name, planned.sites, rows)
+def _wanted(
+    survey: Survey,
+    config: ConfigLike,
+    name: str,
+    refusing: Callable[[], AbstractContextManager[None]],
+    *,
+    leave_new: bool,
+    to_show: bool,
+) -> tuple[Plan, Inventory, list[Carried]]:
+    """Return what a config asks for, of which names, and where it goes.
+
+    What is refused because of the model, and not of the config, is raised inside `refusing()`.
+    """
+    asked, wanted = f"inject {name!r}", list[Carried]()
+    with refusing():
+        check_takes_adapter(survey, name, trains=True)
+    present = inventory(survey)
+    planned = resolve(config_of(config, present, survey.given), present, to_show=to_show)
+    for library in loaded_libraries():
+        for problem, remedy in library.against(survey, planned, leave_new=leave_new):
+            with refusing():
+                raise LayerError(asked, problem, remedy)
+    with refusing():
+        check_statistics(survey, planned.config.train, present)
+        rows = {key: each.rows for each in planned.trained for key in survey.names_of(each.name)}
+        wanted += places(survey, name, planned.sites, rows)
+    with refusing():
+        check_live_inputs(survey, asked)
+    return planned, present, wanted
 
 
 def _first_values(place: Carried) -> Mapping[str, Tensor]:
@@ -161,12 +180,10 @@ def _first_values(place: Carried) -> Mapping[str, Tensor]:
 
     On a layer that FSDP2 has sharded they are whole, and in every process those of the first one.
     """
-    weight: Any = place.weight
-    if not hasattr(weight, "full_tensor"):
-        return first_values(place.module, place.entry, weight)
-    values = first_values(place.module, place.entry, whole(weight))
-    for axis in range(weight.device_mesh.ndim):
-        group = weight.device_mesh.get_group(axis)
+    values = first_values(place.module, place.entry, place.weight)
+    mesh: Any = getattr(place.weight, "device_mesh", None)
+    for axis in range(0 if mesh is None else mesh.ndim):
+        group = mesh.get_group(axis)
         source = torch.distributed.get_global_rank(group, 0)
         for tensor in values.values():
             torch.distributed.broadcast(tensor, source, group)

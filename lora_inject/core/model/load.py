@@ -13,7 +13,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.model.base import Base
 from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.gradients import check_live_inputs
-from lora_inject.core.model.put import put_state, survey_for, uncollected
+from lora_inject.core.model.put import check_takes_adapter, put_state, survey_for, uncollected
 from lora_inject.core.model.training import say_fixed_biases
 from lora_inject.errors import check_type, user_path, within
 from lora_inject.formats.exchange import read_adapter
@@ -73,7 +73,8 @@ def load_adapter(
         LayerError: It is to be `trainable`, and a quantized layer hands no gradient to its input.
     """
     asked = f"load {str(path)!r}"
-    survey = survey_for(model, name)
+    survey = survey_for(model)
+    check_takes_adapter(survey, name, trains=trainable)
     if trainable:
         check_live_inputs(survey, asked)
     files = user_path("load adapter", path)
@@ -118,7 +119,8 @@ def install(
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
     with within("install"):
         state.check_tensors()
-    survey = survey_for(model, name)
+    survey = survey_for(model)
+    check_takes_adapter(survey, name, trains=False)
     fitted = fit(survey, state, leave_out, base, leave_new=leave_new, asked="install")
     put_state(survey, fitted, name)
     return model

@@ -56,13 +56,19 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def survey_for(model: nn.Module, name: str) -> Survey:
-    """Return a survey of a model that can take a new adapter of that name now."""
+def survey_for(model: nn.Module) -> Survey:
+    """Return a survey of a model that is to get a new adapter."""
     survey = Survey(model)
     for library in loaded_libraries():
-        library.before_attach(survey, f"adapter {name!r}")
-    check_new_adapter(survey, name)
+        library.before_read(survey)
     return survey
+
+
+def check_takes_adapter(survey: Survey, name: str, *, trains: bool) -> None:
+    """Raise if a model can take no new adapter of that name now."""
+    for library in loaded_libraries():
+        library.before_attach(survey, f"adapter {name!r}", trains=trains)
+    check_new_adapter(survey, name)
 
 
 def put(
