@@ -61,6 +61,17 @@ def short(names: list[str]) -> list[str]:
     return [name.removeprefix("model.layers.") for name in names]
 
 
+def test_what_a_plan_says_of_a_and_b_is_of_a_and_b_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    config = {"rank": 2, "targets": ["0", {"match": "1", "variant": "dora"}], "train": ["0.bias"]}
+    plan = li.plan(model, config | {"expect": {"lora": 64, "trainable": 64 + 8 + 8}})
+    assert (plan.n_lora, plan.n_further, plan.n_trained) == (64, {"m": 8}, 8)
+    assert plan.n_trainable == len(torch.cat([p.flatten() for p in li.adapter_parameters(
+        li.inject(model, config)).values()]))  # fmt: skip
+    assert "2 sites: 64 in A and B, 8 in m + 8 trained in full = 80 trainable" in str(plan)
+    assert plan.to_dict()["n_further"] == {"m": 8}
+
+
 # Names and patterns
 
 

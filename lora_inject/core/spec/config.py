@@ -263,7 +263,7 @@ class Expect(Strict):
     lora: Count | None = None
     """Elements of A and B of all sites."""
     trainable: Count | None = None
-    """Elements of A and B, and of what train and bias add."""
+    """Elements of all that trains: A, B, what a variant adds, and train, tokens and bias."""
 
     @model_validator(mode="after")
     def _expects_something(self) -> Self:

@@ -67,17 +67,26 @@ class Plan(Shown, ListReport):
     @cached_property
     def n_lora(self) -> int:
         """Elements of A and B of all sites."""
-        return sum(site.n_parameters for site in self.sites)
+        return sum(math.prod(site.a_shape) + math.prod(site.b_shape) for site in self.sites)
+
+    @cached_property
+    def n_further(self) -> dict[str, int]:
+        """Elements of the other tensors that sites train, by role: `m` of DoRA, ..."""
+        counts: Counter[str] = Counter()
+        for site in self.sites:
+            for role in site.shapes.keys() - {"A", "B"}:
+                counts[role] += math.prod(site.shapes[role])
+        return dict(counts)
 
     @cached_property
     def n_trained(self) -> int:
-        """Elements of the parameters that `train` and `bias` add."""
+        """Elements of the parameters that `train`, `tokens` and `bias` add."""
         return sum(math.prod(entry.shape) for entry in self.trained)
 
     @property
     def n_trainable(self) -> int:
-        """Elements of A, B and all that `train` and `bias` add."""
-        return self.n_lora + self.n_trained
+        """Elements of all that trains: of the sites, and what `train`, `tokens` and `bias` add."""
+        return self.n_lora + sum(self.n_further.values()) + self.n_trained
 
     @cached_property
     def n_sites_by_rule(self) -> tuple[int, ...]:
@@ -87,7 +96,7 @@ class Plan(Shown, ListReport):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
-        names = ("n_sites", "n_lora", "n_trained", "n_trainable", "n_base")
+        names = ("n_sites", "n_lora", "n_further", "n_trained", "n_trainable", "n_base")
         return {
             "config": self.config.to_dict(),
             **{name: getattr(self, name) for name in names},
@@ -183,7 +192,8 @@ def _cells(entry: SiteSpec | Trained) -> tuple[str, str, int]:
 def _totals(plan: Plan) -> str:
     percent = 100 * plan.n_trainable / max(plan.n_base, 1)
     share = f", {percent:.3g} % of {plan.n_base:,}" if plan.n_base else ""
-    extra = f" + {plan.n_trained:,} trained in full" if plan.trained else ""
+    extra = "".join(f", {n:,} in {role}" for role, n in plan.n_further.items())
+    extra += f" + {plan.n_trained:,} trained in full" if plan.trained else ""
     return (
         f"{counted(plan.n_sites, 'site')}: {plan.n_lora:,} in A and B{extra} = "
         f"{plan.n_trainable:,} trainable{share}; {4 * plan.n_trainable / 1e6:,.1f} MB in float32"
