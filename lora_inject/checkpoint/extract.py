@@ -307,7 +307,7 @@ class _Extraction:
             kind, transposed = layer[0], layer[1].transposed
         elif weight.endswith(".weight") and not (known and of.module_of(weight)):
             kind = "conv" if len(shape) > 2 else "linear"  # as its name alone says
-            if len(shape) == 2 and shape[0] == shape[1]:
+            if len(shape) == 2 and shape[0] == shape[1] and not of.has(weight):  # no single expert
                 kind = self._square(weight)
             transposed = kind in ("conv1d", "embedding")
         else:
