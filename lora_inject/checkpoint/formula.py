@@ -1,62 +1,55 @@
-"""The textbook formula for some rows of each merged tensor, apart from the code that merges.
+"""The textbook formula for a merged tensor, apart from the code that merges.
 
 A mistake in the code that merges is repeated where the same code verifies: a square stack of
 experts was once merged transposed, and computing it again found nothing wrong. So nothing here
 knows of places, patches and blocks. It takes the adapter's own A and B, asks the class of the base
-where a tensor lies in a stack, and forms `W + weight * scale * (B A - B0 A0)` in float64, one row
-at a time.
+where a tensor lies in a stack, and forms `W + weight * scale * (B A - B0 A0)` in float64.
+
+There is one tolerance: what the sum may be off in float32, whatever its order (Higham, Accuracy and
+Stability of Numerical Algorithms, section 3.1), and one rounding to the dtype of the output.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.merge_plan import MergePlan
-from lora_inject.checkpoint.output_files import OutputShard, TensorJob
-from lora_inject.checkpoint.pieces import rows_before_packing
+from lora_inject.checkpoint.output_files import TensorJob
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.spec.sites import SiteSpec, adapted_parts
 from lora_inject.core.spec.variants import VARIANTS
 from lora_inject.formats.older_names import PlaceInClass
 
-N_ROWS = 16
-"""Rows of each tensor that are computed, evenly spaced."""
-TOLERANCE = 1e-5
-"""Of the largest value of a row: what its sums in float32 may be off before they are rounded."""
+
+class Due(NamedTuple):
+    """Some rows as they have to be, float64, and by how much their sums may be off."""
+
+    values: Tensor
+    slack: Tensor
+
+    def allows(self, found: Tensor) -> bool:
+        """Whether values are those that are due, off by the slack and rounded once to their dtype.
+
+        A tensor that is only cast may hold -Inf, as a mask does, or NaN.
+        """
+        limits, values = torch.finfo(found.dtype), found.double()
+        bound = self.values.abs().add_(self.slack).mul_(limits.eps / 2).add_(self.slack)
+        close = (values - self.values).abs_() <= bound.add_(limits.tiny * limits.eps)
+        if bool(close.all()):
+            return True
+        same = (values == self.values) | (values.isnan() & self.values.isnan())
+        return bool((close | same).all())
 
 
-def check_formula(plan: MergePlan, of: BaseClass, shard: OutputShard, path: Path) -> Iterator[str]:
-    """Yield what is wrong with the tensors of a merged file that lies at `path`."""
-    written = RowReader(path)
-    for job in shard.jobs:
-        tensor = _Formula(plan, of, job)
-        # What is quantized again is held to the formula before it is rounded to a few bits.
-        found = rows_before_packing(job) if job.again else tensor.reader(written, shard)
-        for row in tensor.sampled():
-            if not _is_rounded(found(row), *tensor.row(row)):
-                yield f"'{job.name}': row {row} is not what the formula gives"
-                break
-
-
-def _is_rounded(found: Tensor, due: Tensor, slack: float) -> bool:
-    """Whether values are those that are due, off by a sum's `slack` and rounded once."""
-    limits = torch.finfo(found.dtype)
-    bound = slack + limits.eps * (due.abs() + slack) + limits.tiny * limits.eps
-    found = found.double()
-    close = (found - due).abs() <= bound
-    # A tensor that is only cast may hold -Inf, as a mask does, or NaN.
-    return bool((close | (found == due) | (found.isnan() & due.isnan())).all())
-
-
-class _Formula:
+class Formula:
     """The values that one tensor of the output has to have, as a matrix of `n_cols` columns."""
 
     def __init__(self, plan: MergePlan, of: BaseClass, job: TensorJob) -> None:
@@ -77,78 +70,88 @@ class _Formula:
         if job.source is not None and job.packed is None:
             self._base = RowReader(plan.base.path_of(job.source.name))
         self._packed = None if job.packed is None else job.packed.rows()
+        # Roundings of a value: each product of a rank, each factor, each term.
+        n = 4 + 3 * len(job.trained) + 2 * len(job.added)
+        n += sum(len(site.pairs) * (site.spec.rank + 2) for site, _ in self.sites)
+        is_double = job.source is not None and job.source.dtype == "F64"
+        self._share = n * (2.0**-52 if is_double else 2.0**-24)
 
-    def reader(self, file: RowReader, shard: OutputShard) -> Callable[[int], Tensor]:
-        """Return the function to a row of it in a file that was written."""
-        entry = shard.header.tensors[self.job.name]
-        return lambda row: file.rows(entry, self.n_cols, row, row + 1)[0]
-
-    def sampled(self) -> list[int]:
-        """Return rows all over the tensor, with some of each adapted expert."""
-        rows = {i * self.n_rows // N_ROWS for i in range(N_ROWS)} if self.n_rows else set()
+    def rows(self, start: int, stop: int) -> Due:
+        """Return the rows that are due."""
+        total, size = self._sum(start, stop)
+        slack = size.mul_(self._share)
         for site, _ in self.sites:
-            if site.spec.only is not None and self._is_stack(site.spec):
-                height = self.n_rows // self.job.shape[0]
-                rows |= {expert * height + height // 2 for expert in site.spec.only}
-        return sorted(rows)
-
-    def row(self, row: int) -> tuple[Tensor, float]:
-        """Return a row in float64, and by how much its sum may be off in float32."""
-        total, size = self._sum(row)
-        for site, _ in self.sites:
-            variant, place = VARIANTS[site.spec.variant], self._place(site.spec, row)
-            if variant.gained and place is not None:
-                turned, at = self._is_turned(site.spec), place[1]
-                norms, first = (self._norms, 0) if turned else (total.norm()[None], at)
-                for start, stop, _, held in adapted_parts(site.spec.spans, 1):
-                    a, b = max(start, first), min(stop, first + len(norms))
+            variant = VARIANTS[site.spec.variant]
+            if variant.gained:  # one matrix: no stack has a gain
+                turned = self._is_turned(site.spec)
+                norms, first = (self._norms, 0) if turned else (total.norm(dim=1), start)
+                gains = torch.ones_like(norms)
+                for of_out, stop_out, _, held in adapted_parts(site.spec.spans, 1):
+                    a, b = max(of_out, first), min(stop_out, first + len(norms))
                     if a < b:
-                        mine = slice(held.start + a - start, held.start + b - start)
-                        tensors = {r: t[mine].double() for r, t in site.further.items()}
-                        gain = variant.gain(tensors, norms[a - first : b - first])
-                        total[slice(a, b) if turned else slice(None)] *= gain
-                        size *= max(1.0, float(gain.abs().max()))
-        return total, TOLERANCE * size
+                        mine = slice(held.start + a - of_out, held.start + b - of_out)
+                        tensors = {r: t.detach()[mine].double() for r, t in site.further.items()}
+                        gains[a - first : b - first] = variant.gain(
+                            tensors, norms[a - first : b - first]
+                        )
+                gains = gains if turned else gains[:, None]
+                total.mul_(gains)
+                norm_is_off = math.sqrt(self.n_cols) * 2.0**-24  # a sum of squares in float32
+                slack.mul_(gains.abs()).add_(total.abs(), alpha=norm_is_off)
+        return Due(total, slack)
 
     @cached_property
     def _norms(self) -> Tensor:
         """The norms of outputs that are columns."""
-        squares = torch.zeros(self.n_cols, dtype=torch.float64)
-        for row in range(self.n_rows):
-            squares += self._sum(row)[0] ** 2
+        squares, step = torch.zeros(self.n_cols, dtype=torch.float64), max(1, 2**17 // self.n_cols)
+        for start in range(0, self.n_rows, step):
+            rows, _ = self._sum(start, min(start + step, self.n_rows))
+            squares += rows.square_().sum(dim=0)
         return squares.sqrt()
 
-    def _sum(self, row: int) -> tuple[Tensor, float]:
-        """Return the row of W with every update added, and the largest value of them."""
-        total = self._before(row)
-        size = float(total.abs().nan_to_num(posinf=0.0).max())
+    def _sum(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return rows of W with every update added, and the size of all that is added."""
+        total, size = self._before(start, stop)
         for site, weight in self.sites:
-            place = self._place(site.spec, row)
-            for change in () if place is None else self._changes(site, *place):
-                total += weight * change
-                size = max(size, abs(weight) * float(change.abs().max()))
+            for matrix, rows, at in self._matrices(site.spec, start, stop):
+                for change, most in self._changes(site, matrix, rows):
+                    total[at : at + len(rows)].add_(change, alpha=weight)
+                    size[at : at + len(rows)].add_(most, alpha=abs(weight))
         return total, size
 
-    def _before(self, row: int) -> Tensor:
-        """Return the row of W, with what adapters trained in full in its place or added to it."""
+    def _before(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return rows of W, with what adapters trained in full in their place or added to them."""
         job = self.job
-        copies = [(t.reshape(-1, self.n_cols)[row].double(), w) for t, w in job.trained]
         if job.held is not None:
-            stored = job.held.reshape(-1, self.n_cols)[row].double()
+            stored = self._of(job.held, start, stop)
         elif self._packed is not None:
-            stored = self._packed(row, row + 1)[0].double()
+            stored = self._packed(start, stop)
         else:
             assert self._base is not None
             assert job.source is not None
-            stored = self._base.rows(job.source, self.n_cols, row, row + 1)[0].double()
-        total = torch.where(stored.isfinite(), 1 - sum(w for _, w in copies), 1.0) * stored
-        for copy, weight in copies:
-            total = total + weight * copy
-        for vector, weight in job.added:
-            total = total + weight * vector.reshape(-1, self.n_cols)[row].double()
-        for indices, values in job.rows:
-            total = values[indices.index(row)].double() if row in indices else total
-        return total.clone()
+            stored = self._base.rows(job.source, self.n_cols, start, stop)
+        W = stored.to(torch.float64, copy=True)
+        copies = [(self._of(t, start, stop), weight) for t, weight in job.trained]
+        total, size = W.clone(), W.abs().nan_to_num_(posinf=0.0)
+        if copies:
+            kept = 1 - sum(weight for _, weight in copies)
+            total = torch.where(W.isfinite(), kept, 1.0) * W
+        for values, weight in [*copies, *((self._of(v, start, stop), w) for v, w in job.added)]:
+            total.add_(values, alpha=weight)
+            size.add_(values.abs(), alpha=abs(weight))
+        for row in self._replaced.keys() & range(start, stop) if self._replaced else ():
+            total[row - start] = self._replaced[row].double()
+            size[row - start] = total[row - start].abs()
+        return total, size
+
+    @cached_property
+    def _replaced(self) -> dict[int, Tensor]:
+        """The rows that adapters replace."""
+        pairs = ((i, v.detach()) for i, v in self.job.rows)
+        return {row: value for i, v in pairs for row, value in zip(i, v, strict=True)}
+
+    def _of(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        return tensor.detach().reshape(-1, self.n_cols)[start:stop].double()
 
     # Where a site's update lies ------------------------------------------------------------------
 
@@ -156,22 +159,27 @@ class _Formula:
         """Whether the tensor stacks matrices of which the site adapts all or some."""
         return len(self.job.shape) == 3 and spec.experts is not None
 
-    def _place(self, spec: SiteSpec, row: int) -> tuple[int, int] | None:
-        """Return the site's matrix and its row there, None for a row of none of its matrices.
+    def _matrices(self, spec: SiteSpec, start: int, stop: int) -> Iterator[tuple[int, range, int]]:
+        """Yield each of the site's matrices in some rows: its number, its rows, and where they are.
 
         A file may keep a stack's matrices apart: the class says which expert's they are, and which
         of the parts that lie one above the other.
         """
         if spec.experts is None:
-            return 0, row
+            yield 0, range(start, stop), 0
+            return
+        chosen = list(spec.only or range(spec.experts))
         height = self.n_rows // (self.job.shape[0] if self._is_stack(spec) else 1)
-        expert, at = divmod(row, height)
-        if not self._is_stack(spec) and spec.weight_shape != self.job.shape:
-            if self._apart is None or self._apart.expert is None:
-                return None
-            expert, at = self._apart.expert, self._apart.part * height + row
-        chosen = spec.only or range(spec.experts)
-        return (chosen.index(expert), at) if expert in chosen else None
+        for number in range(start // height, -(-stop // height)):
+            first, last = max(start, number * height), min(stop, (number + 1) * height)
+            expert, above = number, -number * height
+            if not self._is_stack(spec) and spec.weight_shape != self.job.shape:
+                if self._apart is None or self._apart.expert is None:
+                    return
+                expert, above = self._apart.expert, self._apart.part * height
+            if expert in chosen:
+                rows = range(first + above, last + above)
+                yield chosen.index(expert), rows, first - start
 
     @cached_property
     def _apart(self) -> PlaceInClass | None:
@@ -188,16 +196,30 @@ class _Formula:
         of_class = spec.experts is not None and self.of.known and self.of.transposed(spec.weight)
         return spec.transposed or bool(of_class)
 
-    def _changes(self, site: SiteState, matrix: int, row: int) -> Iterator[Tensor]:
-        """Yield a row of `scale * B A`, and of its frozen start."""
-        spec = site.spec
+    def _changes(
+        self, site: SiteState, matrix: int, rows: range
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows of `scale * B A` and of its frozen start, and how large their products are.
+
+        The absolute products of a row of B and a column of A add up to at most `|b| |a|`.
+        """
+        spec, turned = site.spec, self._is_turned(site.spec)
         for A, B, sign in site.pairs:
-            a = A.reshape(-1, *spec.a_shape[-2:])[0 if spec.share == "A" else matrix].double()
-            b = B.reshape(-1, *spec.b_shape[-2:])[0 if spec.share == "B" else matrix].double()
-            change = torch.zeros(self.n_cols, dtype=torch.float64)
+            a = A.detach().reshape(-1, *spec.a_shape[-2:])[0 if spec.share == "A" else matrix]
+            b = B.detach().reshape(-1, *spec.b_shape[-2:])[0 if spec.share == "B" else matrix]
+            change = torch.zeros(len(rows), self.n_cols, dtype=torch.float64)
+            most = torch.zeros_like(change)
             for start, stop, of_a, of_b in adapted_parts(spec.spans, spec.rank):
-                if self._is_turned(spec):
-                    change[start:stop] = b[of_b] @ a[of_a, row]
-                elif start <= row < stop:
-                    change = b[of_b][row - start] @ a[of_a]
-            yield sign * spec.scale * change
+                left, right = b[of_b].double(), a[of_a].double()
+                if turned:
+                    left, right = right.T[rows.start : rows.stop], left.T
+                    place = slice(None), slice(start, stop)
+                else:
+                    first, last = max(rows.start, start), min(rows.stop, stop)
+                    if first >= last:
+                        continue
+                    left = left[first - start : last - start]
+                    place = slice(first - rows.start, last - rows.start), slice(None)
+                change[place] = left @ right
+                most[place] = torch.outer(left.norm(dim=1), right.norm(dim=0))
+            yield change.mul_(sign * spec.scale), most.mul_(abs(spec.scale))

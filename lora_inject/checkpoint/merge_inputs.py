@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -23,6 +24,8 @@ from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.functional.finite import all_finite
+from lora_inject.core.spec.names import nearest
+from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import CheckpointError, check_list, check_type, user_path, within
 from lora_inject.formats.exchange import read_adapter
 
@@ -101,6 +104,43 @@ def _tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"{name} {role}", tensor) for role, tensor in site.tensors.items())
     yield from state.trained.items()
     yield from state.base_copies.items()
+
+
+def names_of_site(spec: SiteSpec) -> list[str]:
+    """Return the names that files may give to a site's weight; layers of several names have more.
+
+    Layers of GPTQ, AWQ and HQQ pack it as another; a raw parameter keeps its name, whatever it is.
+    """
+    weight = spec.weight
+    if spec.kind != "parameter":
+        weight = re.sub(r"(^|\.)(qweight|W_q)$", r"\1weight", weight)
+    end = weight.removeprefix(spec.name)
+    return [weight, *(alias + end for alias in spec.aliases)]
+
+
+def renamed(name: str, rename: Mapping[str, str]) -> str:
+    """Return a name with another beginning, of the longest that is told."""
+    old = max((old for old in rename if name.startswith(old)), key=len, default=None)
+    return name if old is None else rename[old] + name[len(old) :]
+
+
+def check_rename(adapters: Iterable[WeightedAdapter], rename: Iterable[str]) -> None:
+    """Refuse a beginning that no name of the adapters has.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    states = [adapter.state for adapter in adapters]
+    names = {
+        name for state in states for s in state.sites.values() for name in names_of_site(s.spec)
+    }
+    for state in states:
+        names |= {*state.trained, *state.base_copies, *state.rows}
+    for old in rename:
+        if not any(name.startswith(old) for name in names):
+            near = ", ".join(map(repr, nearest(old, names))) or "none"
+            problem = f"no name of the adapters begins with '{old}'"
+            raise CheckpointError(f"rename '{old}'", problem, f"Nearest names: {near}")
 
 
 def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:

@@ -31,10 +31,11 @@ from lora_inject.checkpoint.merge_inputs import (
     MergeOptions,
     WeightedAdapter,
     check_adapters,
+    check_rename,
     weighted_adapters,
 )
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
-from lora_inject.checkpoint.places import check_rename, place_adapter
+from lora_inject.checkpoint.places import place_adapter
 from lora_inject.checkpoint.quantized_base import FORMAT_DTYPES, unpacked, why_no_update
 from lora_inject.core.files.safetensors_file import DTYPE_BITS, FLOATS
 from lora_inject.core.spec.names import counted
@@ -166,7 +167,7 @@ def plan_merge(
         checkpoint = unpacked(checkpoint, options.dequantize)
     weighted = weighted_adapters(adapters, checkpoint)
     check_adapters(weighted)
-    check_rename([adapter.state for adapter in weighted], options.rename)
+    check_rename(weighted, options.rename)
     _check_ties(checkpoint, options.tie or {})
     of = BaseClass(checkpoint, options.tie)
     jobs: dict[str, TensorJob] = {}  # by the name of the output tensor

@@ -187,12 +187,6 @@ _Block = tuple[list[tuple[str, memoryview]], Tally]
 """Bytes by the names of tensors, and how much of the delta is left after rounding."""
 
 
-def rows_before_packing(job: TensorJob) -> Callable[[int], Tensor]:
-    """Return the function to a row of a tensor that is quantized again, as it is before that."""
-    rows = _Rows(job, None)
-    return lambda at: rows.merged(at, at + 1, Room())[0][0]
-
-
 class _Rows:
     """The rows of one output tensor.
 

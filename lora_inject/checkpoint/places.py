@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -26,13 +25,17 @@ import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.base_class import BaseClass
-from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter
+from lora_inject.checkpoint.merge_inputs import (
+    MergeOptions,
+    WeightedAdapter,
+    names_of_site,
+    renamed,
+)
 from lora_inject.checkpoint.output_files import Placed, TensorJob, clash, matrix_of
 from lora_inject.checkpoint.quantized_base import why_no_update
 from lora_inject.core.adapter.fingerprint import Fingerprint, Sampled, base_differences, same_values
 from lora_inject.core.adapter.reshape import matrices_of
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.row_reader import RowReader
 from lora_inject.core.files.safetensors_file import FLOATS, TensorEntry
 from lora_inject.core.functional.factors import Patch
@@ -107,7 +110,7 @@ class Places:
 
     def _updates(self, site: SiteState) -> Iterator[tuple[str, Callable[[str], None]]]:
         """Yield the name of each tensor that a site updates, and what places it under a name."""
-        weight = _plain(site.spec)
+        weight = names_of_site(site.spec)[0]
         yield weight, partial(self._site, site=site)
         if site.spec.lora_bias:
             bias = f"{weight.removesuffix('weight')}bias"
@@ -139,10 +142,7 @@ class Places:
 
     def rule(self, name: str) -> str:
         """Return the files' name of a tensor that the adapter names."""
-        beginnings = [old for old in self.options.rename if name.startswith(old)]
-        if beginnings:
-            old = max(beginnings, key=len)
-            name = self.options.rename[old] + name[len(old) :]
+        name = renamed(name, self.options.rename)
         if name in self.checkpoint.tensors or name in (self.options.tie or ()) or not self.of.known:
             return name
         try:
@@ -369,35 +369,12 @@ class Places:
     def _contradicted(self) -> str | None:
         """The name of a layer whose shape in the files contradicts what the adapter states."""
         for spec in (site.spec for site in self.adapter.state.sites.values()):
-            entry = self.checkpoint.tensors.get(self.rule(_plain(spec)))
+            entry = self.checkpoint.tensors.get(self.rule(names_of_site(spec)[0]))
             stated = (spec.out_features, spec.in_features)[:: -1 if spec.transposed else 1]
             shown = stated if entry is None else matrix_of(entry.shape)
             if _may_be_wrong(spec) and shown != stated and shown == stated[::-1]:
                 return spec.name
         return None
-
-
-def check_rename(adapters: Iterable[AdapterState], rename: Iterable[str]) -> None:
-    """Refuse a beginning that no name of the adapters has.
-
-    Raises:
-        CheckpointError: There is one.
-    """
-    names = {name for state in adapters for name in _names_of(state)}
-    for old in rename:
-        if not any(name.startswith(old) for name in names):
-            near = ", ".join(map(repr, nearest(old, names))) or "none"
-            problem = f"no name of the adapters begins with '{old}'"
-            raise CheckpointError(f"rename '{old}'", problem, f"Nearest names: {near}")
-
-
-def _names_of(state: AdapterState) -> Iterator[str]:
-    """Yield every name under which an adapter has a tensor of the base."""
-    for site in state.sites.values():
-        weight = _plain(site.spec)
-        yield weight
-        yield from (alias + weight.removeprefix(site.spec.name) for alias in site.spec.aliases)
-    yield from (*state.trained, *state.base_copies, *state.rows)
 
 
 def _lying(site: SiteState, transposed: bool) -> SiteState:
@@ -413,16 +390,6 @@ def _lying(site: SiteState, transposed: bool) -> SiteState:
 def _may_be_wrong(spec: SiteSpec) -> bool:
     """Whether a reader of a foreign file may have assumed the orientation of a layer."""
     return spec.kind in {"linear", "conv1d"}
-
-
-def _plain(spec: SiteSpec) -> str:
-    """Return the name that files give to a weight; layers of GPTQ, AWQ and HQQ pack it as another.
-
-    A raw parameter keeps its name, whatever that is.
-    """
-    if spec.kind == "parameter":
-        return spec.weight
-    return re.sub(r"(^|\.)(qweight|W_q)$", r"\1weight", spec.weight)
 
 
 def _fitting(name: str, value: Tensor, entry: TensorEntry | None) -> TensorEntry:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from helpers.faults import content, visible
 from helpers.merging import (
     LLAMA,
     adapter_of,
+    dense,
     hold_merged,
     llama_tensors,
     load_checkpoint,
@@ -21,6 +23,7 @@ from helpers.merging import (
     save_checkpoint,
 )
 from helpers.refusals import refused
+from helpers.states import effect, linear, state_of
 
 import lora_inject as li
 
@@ -289,17 +292,42 @@ def files(case: Case, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"])
-def test_one_wrong_bit_is_found_and_named(name: str, case: Case, files: Any, run: Any) -> None:
+@pytest.mark.parametrize(("byte", "bit"), [(1, 16), (0, 1)], ids=["an exponent", "the last digit"])
+def test_one_wrong_bit_is_found_and_named(
+    name: str, byte: int, bit: int, case: Case, files: Any, run: Any
+) -> None:
     assert run(*files).code == 0
     for path in case.out.glob("*.safetensors"):
         data = bytearray(path.read_bytes())
         start = 8 + int.from_bytes(data[:8], "little")
         if name in (table := json.loads(data[8:start])):
-            data[start + table[name]["data_offsets"][0] + 1] ^= 16
+            data[start + table[name]["data_offsets"][0] + byte] ^= bit
             path.write_bytes(data)
     ran = run(*files)
     assert ran.code == 1
     assert name in ran.out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_sums_of_another_machine_are_verified(
+    dtype: torch.dtype, tmp_path: Path, run: Any
+) -> None:
+    """In another order they are off in the last bits, by more than one where W and delta cancel."""
+    torch.manual_seed(0)
+    state = state_of(linear("q", 300, 200, rank=24), size=0.3)
+    (site,) = state.sites.values()
+    W = (0.01 * torch.randn(200, 300) - effect(site)).to(dtype)
+    base = save_checkpoint(tmp_path / "base", {"q.weight": W})
+    adapter = li.write_adapter(state, tmp_path / "adapter")
+    total = W.float().clone()
+    for a, b in zip(site.A.flip(0), site.B.T.flip(0), strict=True):
+        total += torch.outer(b * site.scale, a)
+    ours = dense({"q.weight": W}, (state, 1.0))["q.weight"]
+    theirs = total.to(dtype)
+    assert not torch.equal(ours, theirs)
+    for values, is_right in ((ours, True), (theirs, True), (W, False)):
+        merged = save_checkpoint(tmp_path / "merged", {"q.weight": values})
+        assert run("verify", base, adapter, merged).code == int(not is_right)
 
 
 def test_other_adapters_and_files_that_are_missing_or_were_added_are_told(

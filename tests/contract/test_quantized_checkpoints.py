@@ -53,6 +53,22 @@ def hold_same_files(base: Path, out: Path, changed: set[str]) -> None:
         assert all(same_bits(before[name], after[name]) for name in before.keys() - changed)
 
 
+def hold_a_wrong_code_is_found(
+    run: Any, base: Path, state: li.AdapterState, out: Path, name: str
+) -> None:
+    adapter = li.write_adapter(state, out.parent / "to verify", overwrite=True)
+    words = ["verify", base, adapter, out, "--requantize", "--any-base"]
+    assert run(*words).code == 0
+    (file,) = (path for path in out.glob("*.safetensors") if name in load_file(path))
+    whole = file.read_bytes()
+    data, start = bytearray(whole), 8 + int.from_bytes(whole[:8], "little")
+    data[start + json.loads(whole[8:start])[name]["data_offsets"][0] + 7] ^= 4
+    file.write_bytes(data)
+    ran = run(*words)
+    assert (ran.code, f"'{name}'" in ran.out) == (1, True)
+    file.write_bytes(whole)
+
+
 # Formats that are made here -----------------------------------------------------------------------
 
 
@@ -112,7 +128,7 @@ def test_a_packed_base_merges_into_plain_floats_on_request(form, shards, tmp_pat
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_packed_base_is_written_in_its_format_again_or_the_format_is_named(
-    form, tmp_path
+    form, tmp_path, run: Any
 ) -> None:
     packed, base = stored(form, tmp_path / "base", 3)
     state = state_of(linear("q", *reversed(packed.values["q.weight"].shape)), size=0.1)
@@ -121,6 +137,7 @@ def test_a_packed_base_is_written_in_its_format_again_or_the_format_is_named(
             merge(base, [state], tmp_path / "no", requantize=True)
         return
     row = merge(base, [state], tmp_path / "out", requantize=True).tensors["q.weight"]
+    hold_a_wrong_code_is_found(run, base, state, tmp_path / "out", "q.weight")
     hold_same_files(base, tmp_path / "out", {"q.weight", "q.weight_scale_inv"})
     block, written = tuple(packed.said["weight_block_size"]), load_checkpoint(tmp_path / "out")
     result = dequantized(written["q.weight"], written["q.weight_scale_inv"], block)
@@ -284,7 +301,9 @@ def of_library(tensors: dict[str, Tensor], form: str) -> Tensor:
 
 @quiet
 @pytest.mark.parametrize("form", BITS)
-def test_files_of_bitsandbytes_merge_as_the_live_model_does(form: str, tmp_path: Path) -> None:
+def test_files_of_bitsandbytes_merge_as_the_live_model_does(
+    form: str, tmp_path: Path, run: Any
+) -> None:
     """Into plain floats, and quantized again; only when asked, and into their own base."""
     dtype = torch.bfloat16 if form == "nf4" else torch.float32
     net = built(form, dtype)
@@ -309,6 +328,7 @@ def test_files_of_bitsandbytes_merge_as_the_live_model_does(form: str, tmp_path:
         assert "quantization_config" not in json.loads((out / "config.json").read_text())
 
     row = merge(base, [state], tmp_path / "out", requantize=True).tensors["0.weight"]
+    hold_a_wrong_code_is_found(run, base, state, tmp_path / "out", "0.weight")
     before, after = load_checkpoint(base), load_checkpoint(tmp_path / "out")
     new = {f"0.{end}" for end in ("weight", "SCB", "weight.absmax", "weight.nested_absmax")}
     hold_same_files(base, tmp_path / "out", new)

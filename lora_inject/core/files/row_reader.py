@@ -73,6 +73,13 @@ class RowReader:
         read_at(self.fd, room.data, entry.start + start * n_cols * dtype.itemsize)
         return rows
 
+    def bytes(self, start: int, n_bytes: int) -> memoryview:
+        """Return some bytes of the file; valid until the next call of the same thread."""
+        room: Room = self._of_thread.__dict__.setdefault("room", Room())
+        room.rows(torch.uint8, 1, n_bytes)
+        read_at(self.fd, room.data, start)
+        return room.data
+
     def whole(self, entry: TensorEntry) -> Tensor:
         """Return a whole tensor of its own shape; valid until the next call."""
         return self.rows(entry, 1, 0, entry.n_elements).view(entry.shape)
