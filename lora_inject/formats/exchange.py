@@ -74,6 +74,7 @@ FORMATS: dict[str, Format] = {
         loralib.detects,
         True,
         (*SAFE, *loralib.PICKLES),
+        loses=loralib.loses,
     ),
 }
 """Name to row; detection asks in this order."""
@@ -362,7 +363,8 @@ def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
         >>> losses_of(AdapterState({}, config={"rank": 8}), "portable")
         ['the config is left out']
     """
-    if not format_of(format, f"convert to '{format}'").deltas_only:
+    row = format_of(format, f"convert to '{format}'")
+    if not row.deltas_only:
         return []
     sites = state.sites.values()
     losses = {
@@ -377,4 +379,4 @@ def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
             site.A0 is not None for site in sites
         ),
     }
-    return [words for words, is_so in losses.items() if is_so]
+    return [words for words, is_so in losses.items() if is_so] + row.loses(state)

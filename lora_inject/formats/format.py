@@ -70,6 +70,8 @@ class Format:
         read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
         detects: `detects(files) -> bool`, by content; the first row that returns True reads.
         deltas_only: Whether its files hold an adapter's deltas, and nothing of how it was trained.
+        loses: What its files hold nothing of besides, as sentences about an adapter; without it
+            nothing.
         endings: The endings that a file's name may have to be written; empty for any.
         takes_facts: Whether `write` and `read` look at the facts about the model.
         client: PEFT, or a program that uses PEFT's layers, if one of them reads its files.
@@ -84,4 +86,5 @@ class Format:
     endings: tuple[str, ...] = ()
     takes_facts: bool = True
     client: str = ""
+    loses: Callable[[AdapterState], list[str]] = lambda _: []
     unsure: Callable[[Files, Any, Mapping[str, Any]], tuple[str, str] | None] | None = None

@@ -20,7 +20,7 @@ from lora_inject.core.adapter.file_keys import check_no_clash, one_line
 from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.files.tensors import read_tensors, serialize
-from lora_inject.core.spec.names import leaf, parent
+from lora_inject.core.spec.names import leaf, parent, show
 from lora_inject.core.spec.sites import Slices
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.format import Files
@@ -69,6 +69,9 @@ def read(
     if alpha is None or not 0 < alpha < float("inf"):
         remedy = "Read it in Python: li.read_adapter(path, alpha=...), with the layers' lora_alpha"
         raise FormatError("", "loralib files do not hold alpha", remedy)
+    if enable_lora is not None and not _are_flags(enable_lora):
+        remedy = "Give the list that MergedLinear was made with, such as [True, False, True]"
+        raise FormatError("", f"enable_lora is {show(enable_lora)}", remedy)
     if enable_lora is not None and sum(enable_lora) < 2:
         problem = "a fused layer with one part in enable_lora looks like a plain layer"
         raise FormatError("", problem, "Load it with loralib and merge it")
@@ -84,6 +87,10 @@ def read(
         with within(f"site '{name}'"):
             sites[name] = _site(name, of["A"], of["B"], kind, alpha, enable_lora)
     return AdapterState(sites, trained)
+
+
+def _are_flags(given: object) -> bool:
+    return isinstance(given, list | tuple) and all(type(flag) is bool for flag in given)
 
 
 def _site(
@@ -107,6 +114,15 @@ def _site(
         slices = Slices(tuple(parts.items()), adapt)
         spec = replace(spec, out_features=n_out, weight_shape=shape, slices=slices)
     return SiteState(spec, a, b)
+
+
+def loses(state: AdapterState) -> list[str]:
+    """Return that the file does not hold alpha, which a reader has to know."""
+    numbers = {(site.spec.alpha, site.spec.rank) for site in state.sites.values()}
+    return [
+        f"alpha, {alpha:g} of rank {rank}, is left out: whoever reads the file has to give it"
+        for alpha, rank in sorted(numbers)
+    ]
 
 
 def write(state: AdapterState, path: Path, _facts: ModelFacts) -> bytes:

@@ -187,6 +187,8 @@ UNREADABLE: dict[str, tuple[dict[str, Tensor], dict[str, Any], list[str]]] = {
     "no B": (TWO_A, TOLD, ["fc", "its B"]),
     "fused": (FUSED, TOLD, ["fc", "enable_lora"]),
     "too many parts": (FUSED, {**TOLD, "enable_lora": [True] * 3}, ["fc", "2"]),
+    "flags as text": (FUSED, {**TOLD, "enable_lora": "1,0,1"}, ["enable_lora", "'1,0,1'"]),
+    "flags of text": (FUSED, {**TOLD, "enable_lora": ["1", "0"]}, ["enable_lora", "['1', '0']"]),
     "one part, unnamed": (PAIR, {**TOLD, "enable_lora": [True, False]}, ["enable_lora"]),
     "ranks": (PAIR | {"fc.lora_A": torch.ones(3, 4)}, TOLD, ["fc"]),
 }
@@ -198,6 +200,13 @@ def test_what_cannot_be_read_right_is_refused(case: str, tmp_path: Path) -> None
     save_file({key: t.clone() for key, t in tensors.items()}, tmp_path / "a.safetensors")
     with refused(li.FormatError, *named):
         li.read_adapter(tmp_path / "a.safetensors", format="loralib", **options)
+
+
+def test_that_the_file_does_not_hold_alpha_is_said(run: Any, tmp_path: Path) -> None:
+    """Read with another one the scale is another."""
+    path = li.write_adapter(state_of(linear("fc", alpha=16.0)), tmp_path / "a")
+    ran = run("convert", path, tmp_path / "b.pt", "--to", "loralib")
+    assert (ran.code, "alpha, 16 of rank 2, is left out" in ran.err) == (0, True)
 
 
 UNWRITABLE: dict[str, tuple[list[Site], str]] = {
