@@ -225,13 +225,17 @@ class _Mixing:
         self, tensors: Sequence[Tensor], weights: Sequence[float], like: SiteSpec, what: str
     ) -> Tensor:
         """Mix tensors of one shape: drop values, elect signs, add."""
-        method, density = self.name.removesuffix("_svd"), self.density
+        method, density, whole = self.name.removesuffix("_svd"), self.density, tensors
         if method in ("ties", "magnitude_prune"):
             tensors = [_largest(tensor, density) for tensor in tensors]
         elif method.startswith("dare"):
             name = f"{self.seed} {like.name} {what}"
             masks = [kept(t.shape, density, f"{name} {n}") for n, t in enumerate(tensors)]
             tensors = [t * mask / density for t, mask in zip(tensors, masks, strict=True)]
+        if not any(map(torch.any, tensors)) and any(map(torch.any, whole)):
+            asked = f"{self.asked}, site '{like.name}'"
+            problem = f"density {density:g} keeps none of the {tensors[0].numel():,} values of {what}"
+            raise StateError(asked, problem, "Give a larger density, or use svd")
         stack = torch.stack(list(tensors))
         mix = stack * stack.new_tensor(weights).view(-1, *[1] * tensors[0].ndim)
         if "ties" not in method:

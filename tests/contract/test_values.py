@@ -411,6 +411,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "too many weights": (lambda: li.combine([ONE], [1, 2]), ["2", "1"]),
     "no density": (lambda: li.combine([ONE, ONE], method="ties"), ["density"]),
     "a density for nothing": (lambda: li.combine([ONE, ONE], density=0.5), ["density"]),
+    **{
+        f"a density that keeps nothing: {method}": (
+            lambda method=method: li.combine([ONE, ONE], method=method, density=1e-9),
+            ["'h.0.fc'", "density", "1e-09"],
+        )
+        for method in ("ties", "magnitude_prune", "dare_linear", "ties_svd", "dare_ties_svd")
+    },
     "a rank for nothing": (lambda: li.combine([ONE, ONE], rank=2), ["rank"]),
     "rank 0": (lambda: li.combine([ONE, ONE], method="svd", rank=0), ["rank"]),
     "unequal ranks": (
