@@ -234,7 +234,8 @@ class _Mixing:
             tensors = [t * mask / density for t, mask in zip(tensors, masks, strict=True)]
         if not any(map(torch.any, tensors)) and any(map(torch.any, whole)):
             asked = f"{self.asked}, site '{like.name}'"
-            problem = f"density {density:g} keeps none of the {tensors[0].numel():,} values of {what}"
+            n = tensors[0].numel()
+            problem = f"density {density:g} keeps none of the {n:,} values of {what}"
             raise StateError(asked, problem, "Give a larger density, or use svd")
         stack = torch.stack(list(tensors))
         mix = stack * stack.new_tensor(weights).view(-1, *[1] * tensors[0].ndim)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
+from typing import NamedTuple
 
 import regex
 import torch
@@ -163,15 +164,10 @@ def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str
     used = set()
 
     def change(name: str) -> str:
-        made: list[str] = []  # what one rule has made, which no other changes
-
-        def put(match: regex.Match[str], old: str) -> str:
-            made.append(match.expand(new[old]))
-            return f"\0{len(made) - 1}\0" if made[-1] else ""
-
+        pieces = [_Piece(name)]
         for old, rule in rules.items():
             try:
-                changed, n = rule.subn(partial(put, old=old), name, timeout=MATCH_SECONDS)
+                changed = [made for piece in pieces for made in _replaced(piece, rule, new[old])]
             except TimeoutError:
                 problem = f"it takes more than {MATCH_SECONDS:g} s to match, such as '{name[:60]}'"
                 remedy = "Write it without repetition inside repetition, such as (a+)+"
@@ -179,12 +175,10 @@ def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str
             except (regex.error, IndexError) as error:
                 problem, remedy = f"{new[old]!r} does not fit it ({error})", "Write \\1 for a group"
                 raise StateError(f"rename {old!r}", problem, remedy) from None
-            if n:
-                name = re.sub(r"\.{2,}", ".", changed).strip(".")
+            if changed != pieces:
                 used.add(old)
-        while re.search(r"\0\d+\0", name):
-            name = re.sub(r"\0(\d+)\0", lambda place: made[int(place[1])], name)
-        return name
+            pieces = _without_gaps(changed)
+        return re.sub(r"\.{2,}", ".", "".join(piece.text for piece in pieces)).strip(".")
 
     for name in names:
         change(name)
@@ -192,6 +186,39 @@ def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str
         remedy = f"Give whole segments of names such as {_some_of(names)}"
         raise StateError(f"rename {unused[0]!r}", "it occurs in no name of the adapter", remedy)
     return change
+
+
+class _Piece(NamedTuple):
+    """A part of a name, which begins and ends at a dot or at an end, and whether a rule made it."""
+
+    text: str
+    is_made: bool = False
+
+
+def _replaced(piece: _Piece, rule: regex.Pattern[str], text: str) -> Iterator[_Piece]:
+    """Yield a piece with what a rule makes of it; what one before has made stays."""
+    if piece.is_made:
+        yield piece
+        return
+    end = 0
+    for match in rule.finditer(piece.text, timeout=MATCH_SECONDS):
+        yield _Piece(piece.text[end : match.start()])
+        yield _Piece(match.expand(text), is_made=True)
+        end = match.end()
+    yield piece._replace(text=piece.text[end:])
+
+
+def _without_gaps(pieces: Iterable[_Piece]) -> list[_Piece]:
+    """Return pieces without the empty ones; those that nothing parts any more are one."""
+    whole: list[_Piece] = []
+    for piece in pieces:
+        if piece.text and whole and not (piece.is_made or whole[-1].is_made):
+            whole[-1] = _Piece(re.sub(r"\.{2,}", ".", whole[-1].text + piece.text))
+        elif piece.text:
+            whole.append(piece)
+    if whole and not whole[0].is_made:
+        whole[0] = _Piece(whole[0].text.lstrip("."))
+    return whole
 
 
 def _some_of(names: Iterable[str]) -> str:

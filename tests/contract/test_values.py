@@ -282,6 +282,23 @@ def test_two_names_are_swapped() -> None:
     assert [*deep.sites] == ["model.layers.0", "model.2"]
 
 
+RENAMED: list[tuple[str, dict[str, str], str]] = [
+    ("h.q", {"h": "model.layers", "[^.]+": "x"}, "model.layers.x"),
+    ("a.b.c.a.b", {r"b\.c": "x", r"a\.b": "y"}, "a.x.y"),  # the first rule, not the leftmost match
+    ("a.b.c", {"b": "", r"a\.c": "x"}, "x"),
+    ("net.q", {"net": "", "^q": "x"}, "x"),
+    ("h.net.q", {"h": "a", "net": "", "q": "x"}, "a.x"),
+    ("a.b.c", {r"(a)\.(b)": r"\2.\1", "[abc]": "x"}, "b.a.x"),
+    ("q.q", {"q": "k"}, "k.k"),
+    ("q.h.q", {"^q": "k", "q$": "v"}, "k.h.v"),
+]
+
+
+@pytest.mark.parametrize(("name", "new", "due"), RENAMED)
+def test_a_rule_changes_nothing_that_one_before_has_made(name, new, due) -> None:
+    assert [*li.algebra.rename(state_of(linear(name)), new).sites] == [due]
+
+
 @pytest.mark.parametrize("start", ["kaiming", "pissa"])
 @pytest.mark.parametrize("kind", [*FUSED, "linear", "experts"])
 def test_fused_projections_are_split_and_joined_again(kind: str, start: str) -> None:
