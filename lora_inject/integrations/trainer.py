@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from lora_inject.core.layers.survey import Survey, unwrapped
+from lora_inject.core.model.buffers import check_buffers
 from lora_inject.core.model.gradients import check_live_inputs
 from lora_inject.core.model.training import adapter_parameters
 from lora_inject.core.model.used import refuse_unused
@@ -60,8 +61,9 @@ class AdapterCheckpoint:
         StateError: At the start of training: the model has no adapter, or none that trains, or is
             merged, or parameters outside of adapters train, which would not be saved, or TRL is to
             disable dropout and adapters have one of their own, or to send vLLM weights without
-            the adapters. In the first step: a site of an adapter that trains is inert. At a save:
-            parameters outside of adapters have begun to train.
+            the adapters. In the first step: a site of an adapter that trains is inert, or buffers
+            of the base moved (BatchNorm's statistics). At a save: parameters outside of adapters
+            have begun to train.
 
     Examples:
         >>> import tempfile, torch, lora_inject as li
@@ -161,6 +163,7 @@ class AdapterCheckpoint:
         del args, state, control
         if not self._started:
             self._started, survey = True, Injected(model, _ASKED)
+            check_buffers(survey, _ASKED)
             for name in survey.root.adapters:
                 asked = f"train adapter {name!r}"
                 refuse_unused(survey, name, has_gradient, self.unused, asked, lists=False)

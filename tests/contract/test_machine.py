@@ -129,6 +129,7 @@ class Truth:
         self.adapters: dict[str, Adapter] = {}
         self.active: Mix = {}
         self.trainable: set[str] = set()
+        self.frozen = False  # since an adapter trains
         self.merged: Mix | None = None  # what was active before
 
     @property
@@ -149,6 +150,7 @@ class Truth:
         del self.adapters[name]
         self.active.pop(name, None)
         self.trainable.discard(name)
+        self.frozen = self.frozen and bool(self.adapters)
 
     def base(self) -> dict[str, Tensor]:
         """W in float64, by one name in each module."""
@@ -393,7 +395,7 @@ class Machine(RuleBasedStateMachine):
         truth.active = {}
         if truth.dtype != torch.bfloat16:
             self.close(self.out(), truth.run(self.x, self.ids))
-        truth.active, truth.trainable = {name: 1.0}, {name}
+        truth.active, truth.trainable, truth.frozen = {name: 1.0}, {name}, True
         adapter = truth.adapters.setdefault(name, Adapter())
         adapter.sites |= {n: Site(of, weights[n], alpha / rank) for n, of in adapted.items()}
         adapter.rows |= {same: TOKENS for n in tables for same in self.tied(n)}
@@ -532,7 +534,7 @@ class Machine(RuleBasedStateMachine):
         names = data.draw(st.sets(st.sampled_from(sorted(self.truth.adapters))), "names")
         must = self.truth.merged is not None
         if not self.refused(lambda: li.train_only(self.model, names), must=must):
-            self.truth.trainable = names
+            self.truth.trainable, self.truth.frozen = names, True
 
     @has_adapters
     @rule(data=st.data())
@@ -803,7 +805,7 @@ class Machine(RuleBasedStateMachine):
         changed = {id(held[key]) for key in merged}
         for key, parameter in plain.items():
             assert id(held[key]) in changed or same_bits(held[key], parameter), key
-            due = parameter.requires_grad and not truth.adapters
+            due = parameter.requires_grad and not truth.frozen
             assert held[key].requires_grad == due, key
 
     @invariant()
@@ -829,7 +831,7 @@ class Machine(RuleBasedStateMachine):
         may = truth.merged is not None and self.untied
         if self.refused(lambda: li.eject(self.model), may=may):
             return
-        truth.adapters, truth.merged = {}, None
+        truth.adapters, truth.merged, truth.frozen = {}, None, False
         self.holds_its_base()
         assert list(named(self.model)) == list(named(truth.plain))
         for path, module in truth.plain.named_modules():

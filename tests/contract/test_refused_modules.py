@@ -66,6 +66,12 @@ def test_a_scripted_part_of_a_model_stays_as_it_is_beside_adapters() -> None:
     )
     hidden = scripted(nn.functional.linear(x, W, model[0].bias))
     torch.testing.assert_close(model(x), nn.functional.linear(hidden, V, model[2].bias))
+    before = {name: buffer.clone() for name, buffer in scripted.named_buffers()}
+    model.train()(x)
+    with refused(li.StateError, "'1.1.running_mean'"):
+        li.merged_weights(model)
+    li.eject(model)
+    assert all(torch.equal(b, before[name]) for name, b in scripted.named_buffers())
 
 
 class Bilinear(nn.Module):

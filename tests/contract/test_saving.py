@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -402,30 +403,7 @@ def test_peft_adapts_a_layer_in_the_first_of_its_places_only(tmp_path: Path) -> 
     assert error(read(x), block(x)) < TOLERANCE[torch.float32]
 
 
-# ---------------------------------------- what trains in full and moves what the file does not hold
-
-
-@pytest.mark.parametrize(
-    ("config", "affine", "named"),
-    [({"bias": "all"}, True, "'1.1."), ({"train": ["1"]}, False, "'1.1'")],
-    ids=["bias", "no trained tensor tells of it"],
-)
-def test_a_norm_that_also_moves_statistics_is_refused(config, affine, named) -> None:
-    """Saved without its statistics it would not come back, and eject would not restore them."""
-
-    def net(moves: bool) -> nn.Module:
-        norm = nn.BatchNorm1d(4, affine=affine, track_running_stats=moves)
-        return nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), norm))
-
-    config = {"rank": 1, "targets": ["^0"], **config}
-    model = net(moves=True)
-    said = str(li.plan(model, config))
-    with refused(li.LayerError, named, "running_mean", model=model):
-        li.inject(model, config)
-    assert "inject would refuse this" in said
-    assert named in said
-    assert "inject would refuse this" not in str(li.plan(net(moves=False), config))
-    li.inject(net(moves=False), config)
+# ------------------------------------- buffers of the base, which no file of an adapter holds
 
 
 class Centers(nn.Module):
@@ -448,6 +426,101 @@ class Centers(nn.Module):
         if self.training and self.how == "another":
             self.mean = 0.9 * self.mean
         return (x - self.mean) * self.gain
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm": lambda: nn.BatchNorm1d(4),
+    "an average of its own": lambda: Centers("in place"),
+    "data": lambda: Centers("data"),
+    "another tensor each time": lambda: Centers("another"),
+}
+STILL: dict[str, Callable[[Any], Any]] = {
+    "eval": lambda norm: norm.eval(),
+    "momentum 0": lambda norm: setattr(norm, "momentum", 0.0),
+    "no statistics": lambda norm: norm.__init__(4, track_running_stats=False),
+}
+
+
+def with_norm(norm: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2))
+
+
+def trained(model: nn.Module, steps: int = 5) -> nn.Module:
+    """A model of which some steps have trained what trains, on data that no norm has seen."""
+    x = 3 + torch.randn(8, 3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def of_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict holds."""
+    held = model.named_buffers()
+    return {name: buffer.detach().clone() for name, buffer in held if name != "1.last"}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_buffers_of_the_frozen_base_that_moved_are_told_by_a_save_and_put_back_by_eject(
+    norm: str, tmp_path: Path
+) -> None:
+    """Else the loss of the process would be another after a load onto the same base."""
+    model = with_norm(NORMS[norm]())
+    before, named = of_buffers(model), "'1.running_mean'" if norm == "BatchNorm" else "'1.mean'"
+    objects = dict(model.named_buffers())
+    trained(li.inject(model, {"rank": 1, "targets": ["0"]}))
+    for layout in FORMATS:
+        with refused(li.StateError, named, "eval()", "momentum=0", model=model):
+            save(model, tmp_path, layout)
+    with refused(li.StateError, named, model=model):
+        li.merged_weights(model)
+    full = copy.deepcopy(model.state_dict())  # of a run that is to go on
+    li.inject(model, {"rank": 1, "targets": ["0"]}, "second")
+    for some in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with refused(li.StateError, named):
+            li.save_adapter(some, tmp_path / "second", "second")
+        li.eject(li.eject(some, "second"))
+        after = of_buffers(some)
+        assert all(same_bits(after[name], t) for name, t in before.items())
+    assert all(model.get_buffer(name) is t for name, t in objects.items() if name != "1.last")
+    resumed = li.inject(with_norm(NORMS[norm]()), {"rank": 1, "targets": ["0"]})
+    resumed.load_state_dict(full)
+    with refused(li.StateError, named):
+        li.save_adapter(resumed, tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("still", STILL)
+def test_a_norm_that_keeps_still_trains_and_is_the_same_after_a_load(still, tmp_path) -> None:
+    model, x = with_norm(nn.BatchNorm1d(4)), torch.randn(8, 3)
+    plain = copy.deepcopy(model)
+    for each in (plain, model):
+        STILL[still](each[1])
+    in_full = [] if still == "momentum 0" else ["1"]  # it counts, which a copy does not
+    li.inject(model, {"rank": 1, "targets": ["0"], "train": in_full})
+    trained(model)
+    loaded = li.load_adapter(plain, save(model, tmp_path, "peft"))
+    assert same_bits(loaded.eval()(x), model.eval()(x))
+
+
+def test_another_base_that_is_loaded_is_no_move_and_a_frozen_adapter_holds_no_buffer(
+    tmp_path: Path,
+) -> None:
+    base, config = trained(with_norm(nn.BatchNorm1d(4))), {"rank": 1, "targets": ["0"]}
+    model = li.inject(with_norm(nn.BatchNorm1d(4)), config)
+    model.load_state_dict(base.state_dict())
+    trained(model[0])
+    path = save(model, tmp_path, "peft")
+    save(model.bfloat16().float(), tmp_path, "native")
+    model = copy.deepcopy(base)
+    model[2].requires_grad_(False)
+    li.load_adapter(model, path)
+    moved = of_buffers(trained(model))
+    assert any(not same_bits(t, moved[name]) for name, t in base.named_buffers())
+    li.save_adapter(model, tmp_path / "again")
+    assert all(same_bits(t, moved[name]) for name, t in li.eject(model).named_buffers())
 
 
 # After how many forwards it moves; None: never.

@@ -152,20 +152,16 @@ def test_a_base_kept_in_float8_between_forwards(target: str) -> None:
     assert all(map(same_bits, li.adapter_parameters(model).values(), before))
 
 
-@pytest.mark.parametrize("verb", ["load", "inject another", "train_only"])
-def test_a_gradient_of_before_moves_nothing_that_a_verb_froze(verb: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["inject another", "train_only"])
+def test_a_gradient_of_before_moves_nothing_that_a_verb_froze(verb: str) -> None:
     """An optimizer steps whatever has a gradient, whether or not it requires one."""
-    path = li.save_adapter(net(), tmp_path / "a")
     model, kept = Net(), set()
-    if verb != "load":
-        fill(li.inject(model, FC, "one"), "one")
-        fill(li.inject(model, FC, "two"), "two")
-        li.train_only(model, ["one", "two"])
-        li.activate(model, {"one": 1.0, "two": 1.0})
+    fill(li.inject(model, FC, "one"), "one")
+    fill(li.inject(model, FC, "two"), "two")
+    li.train_only(model, ["one", "two"])
+    li.activate(model, {"one": 1.0, "two": 1.0})
     model(IDS).sum().backward()
-    if verb == "load":
-        li.load_adapter(model, path, base="any")
-    elif verb == "train_only":
+    if verb == "train_only":
         li.train_only(model, "two")
         kept = {"fc.lora_A__two", "fc.lora_B__two"}
     else:
@@ -173,6 +169,81 @@ def test_a_gradient_of_before_moves_nothing_that_a_verb_froze(verb: str, tmp_pat
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == kept
+
+
+def flags(model: nn.Module) -> dict[str, tuple[bool, int | None]]:
+    """Whether each parameter requires a gradient, and which gradient it has."""
+    named = model.named_parameters()
+    return {n: (p.requires_grad, None if p.grad is None else id(p.grad)) for n, p in named}
+
+
+def required(model: nn.Module) -> set[str]:
+    return {name for name, (requires, _) in flags(model).items() if requires}
+
+
+FROZEN: dict[str, Callable[[Any, Path], Any]] = {
+    "load": lambda m, path: li.load_adapter(m, path, "frozen", base="any"),
+    "install": lambda m, path: li.install(m, li.read_adapter(path), "frozen", base="any"),
+    "reserve": lambda m, _: li.reserve(m, "frozen", rank=2),
+}
+
+
+@pytest.mark.parametrize("verb", FROZEN)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_does_not_train_changes_no_flag_and_no_gradient_of_anybody(
+    first: bool, verb: str, tmp_path: Path
+) -> None:
+    """Also of what the user trains by hand, before, and when it leaves again."""
+    path = li.save_adapter(net(), tmp_path / "a")
+    model = Net()
+    if not first:
+        li.inject(model, {**FC, "targets": ["fc", "embed"]})
+    model.norm.weight.requires_grad_(True)
+    model(IDS).sum().backward()
+    before = flags(model)
+    assert before["norm.weight"][1] is not None
+    FROZEN[verb](model, path)
+    assert before.items() <= flags(model).items()
+    model.norm.weight.requires_grad_(False)
+    li.eject(model, "frozen")
+    assert flags(model) == before | {"norm.weight": (False, before["norm.weight"][1])}
+
+
+def test_training_a_loaded_adapter_freezes_the_base_until_it_is_ejected(tmp_path: Path) -> None:
+    path = li.save_adapter(net(), tmp_path / "a")
+    model = Net()
+    model(IDS).sum().backward()
+    li.load_adapter(model, path, base="any")
+    li.save_adapter(model, tmp_path / "again")  # it is not what trains
+    li.train_only(model, "default")
+    assert required(model) == {"fc.lora_A__default", "fc.lora_B__default"}
+    assert all(grad is None for requires, grad in flags(model).values() if not requires)
+    assert required(li.eject(model)) == required(Net())
+
+
+def test_a_frozen_adapter_on_a_base_that_nobody_trains_leaves_nothing_to_train(
+    tmp_path: Path,
+) -> None:
+    """Whoever takes it for trainable is told by torch, and does not train the base instead."""
+    model = li.load_adapter(Net(), li.save_adapter(net(), tmp_path / "a"), base="any")
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model(IDS).sum().backward()
+    assert required(li.eject(model)) == required(Net())
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_eject_gives_flags_as_they_were_before_the_first_inject(by_hand: bool) -> None:
+    """Whatever was set in between, by hand or by further adapters."""
+    model = Net()
+    model.norm.weight.requires_grad_(not by_hand)
+    before = flags(model)
+    li.inject(model, FC)
+    model.norm.weight.requires_grad_(by_hand)
+    li.inject(model, FC, "second")
+    model.norm.weight.requires_grad_(by_hand)
+    model(IDS).sum().backward()
+    li.eject(li.eject(model, "default"))
+    assert flags(model) == before
 
 
 def test_a_verb_that_raises_keeps_the_gradients() -> None:

@@ -14,7 +14,9 @@ from lora_inject.core.layers.selection import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.swap import narrow, unswap
+from lora_inject.core.model.buffers import forget_buffers
 from lora_inject.core.model.ties import refuse_untold
+from lora_inject.core.model.training import give_flags_back
 from lora_inject.core.roots.root import (
     ROOT,
     Root,
@@ -33,8 +35,10 @@ def eject(model: M, name: str | None = None) -> M:
     """Remove one adapter, or all, from a model.
 
     Objects, classes, keys, their order, values and `requires_grad` flags are what they were before
-    the first inject, also on layers that were replaced since. Ejecting all adapters of a merged
-    model leaves the merged weights.
+    the first inject, also on layers that were replaced since; what it freezes loses its `grad`. So
+    are buffers that training has
+    moved, such as the statistics of BatchNorm. Ejecting all adapters of a merged model leaves the
+    merged weights, and buffers as they are.
 
     Args:
         model: The root, or a module that holds it.
@@ -52,6 +56,8 @@ def eject(model: M, name: str | None = None) -> M:
         modules = [*model.modules()]
         with all_or_nothing(modules):
             _detach(modules, None if name is None else {name})
+            if not any(attached_to(module) for module in modules):
+                forget_buffers(modules, put_back=True)
         return model
     found = find_root(model, "eject", whole=False)
     if found is None:
@@ -69,6 +75,7 @@ def eject(model: M, name: str | None = None) -> M:
         library.before_eject(survey, gone)
     carrying = [each for one in gone for each in root.adapters[one].modules]
     modules = [*dict.fromkeys((*(m for _, m in survey.modules), *carrying))]
+    merged = bool(root.selection.merged)
     with all_or_nothing(modules, (root, root.selection)):
         _detach(modules, gone)
         _forget(module, root, gone)
@@ -76,6 +83,7 @@ def eject(model: M, name: str | None = None) -> M:
             library.after_eject(modules)
         if not root.adapters:
             end_training(modules)
+            forget_buffers(modules, put_back=not merged)
     return model
 
 
@@ -92,9 +100,7 @@ def _forget(module: nn.Module, root: Root, gone: Set[str]) -> None:
         root.selection.replace(Mix(left))
     if not root.adapters:
         del module.__dict__[ROOT]
-        for owner, key in root.required_grad:
-            if (parameter := owner._parameters.get(key)) is not None:
-                parameter.requires_grad_(True)
+        give_flags_back(root)
         forget_graphs()
 
 

@@ -15,7 +15,7 @@ from lora_inject.core.layers.library import loaded_libraries
 from lora_inject.core.layers.starting import first_values
 from lora_inject.core.layers.survey import Carried, Survey, memory_of
 from lora_inject.core.model.gradients import check_live_inputs
-from lora_inject.core.model.places import check_statistics, places
+from lora_inject.core.model.places import places
 from lora_inject.core.model.put import check_takes_adapter, put, survey_for, uncollected
 from lora_inject.core.model.used import refuse_unreached
 from lora_inject.core.spec.config import ConfigLike
@@ -167,7 +167,6 @@ def _wanted(
             with refusing():
                 raise LayerError(asked, problem, remedy)
     with refusing():
-        check_statistics(survey, planned.config.train, present)
         rows = {key: each.rows for each in planned.trained for key in survey.names_of(each.name)}
         wanted += places(survey, name, planned.sites, rows)
     with refusing():

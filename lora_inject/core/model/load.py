@@ -40,9 +40,10 @@ def load_adapter(
     """Read an adapter from files or from the hub, and put it onto a model, all of it or nothing.
 
     It becomes active only where no adapter of the model is active, and it is not trainable until
-    `train_only(model, name)` says so; with `trainable` it becomes the only active and the only
-    trainable one, as after `inject`. After `fully_shard` every process must call it, and the
-    adapter is sharded with its layers.
+    `train_only(model, name)` says so: what you train meanwhile keeps its `requires_grad` and its
+    `grad`, and a base that nobody trains yet is frozen. With `trainable` it becomes the only active
+    and the only trainable one, and the base is frozen, as after `inject`. After `fully_shard` every
+    process must call it, and the adapter is sharded with its layers.
 
     Args:
         model: The model that it was made for.

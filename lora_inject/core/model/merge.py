@@ -29,6 +29,7 @@ from lora_inject.core.layers.selection import Mix
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey, memory_of
 from lora_inject.core.layers.weight_kinds import UNKNOWN, in_dtype, is_quantized, whole
+from lora_inject.core.model.buffers import check_buffers
 from lora_inject.core.model.eject import eject as take_off
 from lora_inject.core.model.target import Into, Target
 from lora_inject.core.model.ties import check_ties, refuse_untold, untie_rest
@@ -161,8 +162,9 @@ def merged_weights(
         the base's own, which is not to be written to. A tied tensor comes under each of its names.
 
     Raises:
-        StateError: Nothing is active, the model is merged, or an adapter is not whole in this
-            model; during iteration: a merge or an optimizer's step came between two tensors.
+        StateError: Nothing is active, the model is merged, an adapter is not whole in this model,
+            or buffers of the base have moved in training; during iteration: a merge or an
+            optimizer's step came between two tensors.
         LayerError: A weight cannot be merged into, as with `merge`; names of a checkpoint are asked
             for, and the model has no `save_pretrained` that tells them, or is quantized; during
             iteration: an adapter or a merged weight is not finite.
@@ -177,6 +179,7 @@ def merged_weights(
         problem = f"it is {names!r}"
         raise StateError("merged_weights, names", problem, "Give 'model' or 'checkpoint'")
     survey = Injected(model, "merged_weights")
+    check_buffers(survey, "merged_weights")
     into = _dtype(dequantize)
     mix = _mix_to_fold(survey, name, "merged_weights")
     if any(hasattr(tensor, "full_tensor") for tensor in survey.tensors):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 
-from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_inject.core.layers.adapted import has_fixed_class, plain_class
@@ -12,9 +11,7 @@ from lora_inject.core.layers.attached import Entry, attribute, check_class_kept
 from lora_inject.core.layers.library import weight_kind
 from lora_inject.core.layers.survey import Carried, Survey, base_tensor
 from lora_inject.core.layers.weight_kinds import is_quantized
-from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.layouts import why_no_gain
-from lora_inject.core.spec.patterns import under
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.errors import LayerError, article
 
@@ -130,7 +127,7 @@ def _check_values(place: Carried) -> None:
 
     | entry | tensor | refused |
     |---|---|---|
-    | copy | packed, or of a layer that moves statistics | always |
+    | copy | packed | always |
     | site on the output | packed | with an init from W, or a gain whose norms its kind hides |
     | site that is read | packed | always |
     """
@@ -140,7 +137,6 @@ def _check_values(place: Carried) -> None:
             problem = f"it is quantized ({type(place.weight).__name__}): no copy of it can train"
             remedy = "Adapt the layer with a rule (targets) instead, or load the base unquantized"
             raise LayerError(_asked(place), problem, remedy)
-        _check_no_statistics(place.module, _asked(place))
         return
     if packed:
         _check_packed(place, spec)
@@ -171,20 +167,3 @@ def _check_packed(place: Carried, spec: SiteSpec) -> None:
         if hidden is not None:
             problem += f": {hidden.found}"
         raise LayerError(_asked(place), problem, f"Use {' and '.join(wanted)}")
-
-
-def check_statistics(survey: Survey, patterns: Sequence[str], names: Inventory) -> None:
-    """Raise if one of the modules that are to train in full has a layer with statistics inside."""
-    for i, pattern in enumerate(patterns):
-        asked = f"train {i + 1} ('{pattern}')"
-        for name in under(pattern, survey.by_name, names.modules, asked=asked):
-            _check_no_statistics(survey.by_name[name], f"{asked}, {name!r}")
-
-
-def _check_no_statistics(module: nn.Module, asked: str) -> None:
-    """Raise for a layer that moves statistics, which are buffers: it cannot train in full."""
-    if isinstance(getattr(module, "running_mean", None), Tensor):
-        problem = f"its {type(module).__name__} moves running_mean and running_var as well while "
-        problem += "it trains: those are the base's buffers, which an adapter neither holds nor "
-        remedy = "Leave it out, or give the layer track_running_stats=False and no running_mean"
-        raise LayerError(asked, f"{problem}restores", remedy)

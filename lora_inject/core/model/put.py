@@ -24,8 +24,9 @@ from lora_inject.core.layers.selection import Mix, Selection
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.layers.swap import swap
+from lora_inject.core.model.buffers import note_buffers
 from lora_inject.core.model.places import places
-from lora_inject.core.model.training import forget_gradients
+from lora_inject.core.model.training import forget_gradients, is_fresh, note_flags
 from lora_inject.core.roots.root import (
     ROOT,
     Adapter,
@@ -86,11 +87,13 @@ def put(
 
     Another thread may have changed the model since; none does now.
 
-    1. The model becomes the adapter's root; its base is frozen.
+    1. The model becomes the adapter's root.
     2. Each module is swapped, and gets its Parameters.
-    3. What trains and is `alone` becomes the only one that is active and trains; what is not alone
-       changes neither for the others. What does not train is active if no other is.
-    4. `last` may refuse it all.
+    3. An adapter that trains freezes the base. If it is `alone`, it becomes the only one that is
+       active and trains; else it changes neither for the others.
+    4. An adapter that does not train becomes active if no other is. It changes no flag and no
+       gradient of what somebody trains; a base that nobody trains is frozen.
+    5. `last` may refuse it all.
     """
     with lock_of(survey.model):
         check_new_adapter(survey, name, wanted)
@@ -100,7 +103,8 @@ def put(
         modules = [module for _, module in survey.modules]
         before: Root | None = survey.model.__dict__.get(ROOT)
         kept = () if before is None else (before, before.selection)
-        may_change = _may_train(survey, before if train and alone else None)
+        freezes = train or (before is None and is_fresh(survey))
+        may_change = _may_train(survey, before if train and alone else None) if freezes else ()
         with all_or_nothing(modules, kept, may_change) as trained:
             root = become_root(survey.model)
             gained = any(map(attrgetter("entry.gained"), wanted))
@@ -109,7 +113,8 @@ def put(
             root.adapters[name] = adapter
             root.n_changes += 1
             root.seen = 0
-            root.required_grad = [*root.required_grad, *_unfrozen(survey)]
+            if freezes:
+                note_flags(survey, root)
             for parameter in trained:
                 parameter.requires_grad_(False)
             if train and alone:
@@ -119,12 +124,14 @@ def put(
             if train:
                 root.trainable |= {name}
                 begin_training(modules)
+                note_buffers(modules)
             if alone if train else not root.selection.setting.names:
                 root.selection.replace(Mix({name: 1.0}))
             for library in loaded_libraries():
                 library.after_load(survey, name)
             last()
-        forget_gradients((*survey.tensors, *trained))
+        if freezes:
+            forget_gradients((*survey.tensors, *trained))
     return adapter
 
 
@@ -161,12 +168,6 @@ def _may_train(survey: Survey, root: Root | None) -> Iterator[nn.Parameter]:
             attached = attached_to(module)
             for entry in () if attached is None else attached.entries(adapter.name):
                 yield from entry.trainable(module).values()
-
-
-def _unfrozen(survey: Survey) -> list[tuple[nn.Module, str]]:
-    """Return the base parameters that require a gradient, a tied one at each place."""
-    held = zip(survey.holders, survey.tensors, strict=True)
-    return [(module, key) for (_, module, key), tensor in held if tensor.requires_grad]
 
 
 def _put_all(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.layers.library import loaded_libraries, this_process_writes
+from lora_inject.core.model.buffers import check_buffers
 from lora_inject.core.model.listing import idle_among, notes_on_adapter
 from lora_inject.core.model.probing import take_proof
 from lora_inject.core.model.read_off import read_off
@@ -62,7 +63,8 @@ def save_adapter(
 
     Raises:
         StateError: There is no such adapter, a site of it is inert, a parameter of the base trains
-            beside it, or the probe tells nothing.
+            beside it, buffers of the base (BatchNorm's statistics) moved while it trained, or the
+            probe tells nothing.
         FormatError: It holds NaN or Inf, the format cannot express it, or the path cannot be
             written.
     """
@@ -96,8 +98,8 @@ def saved_state(
     `gathered` are whole tensors by their keys in the state dict. Of several processes all raise.
 
     Raises:
-        StateError: It is not all that has trained: sites that no forward has used, or parameters of
-            the base that train beside it.
+        StateError: It is not all that has trained: sites that no forward has used, or parameters or
+            buffers of the base that train or move beside it.
         FormatError: It holds NaN or Inf, or readers of the format would compute something else.
     """
     asked = f"save adapter {name!r}"
@@ -105,11 +107,13 @@ def saved_state(
     row = format_of(format, asked)
     if row.client:
         refuse_misread(survey, name, row.client)
-    for holder in survey.holders:
+    trained = name in survey.root.trainable
+    for holder in survey.holders if trained else ():
         if holder.tensor.requires_grad:
             problem = f"{holder.name!r} trains beside it, and would be in no file"
             remedy = "Inject with its name under `train`, or freeze it: requires_grad_(False)"
             raise StateError(asked, problem, remedy)
+    check_buffers(survey, asked)
     state.check_finite(asked, FormatError)
     refuse_unused_sites(survey, name, state, unused, asked)
 

@@ -16,10 +16,12 @@ from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.library import begin_training, loaded_libraries
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
+from lora_inject.core.layers.weight_kinds import is_quantized
+from lora_inject.core.model.buffers import note_buffers
 from lora_inject.core.model.gradients import check_live_inputs
 from lora_inject.core.roots.root import (
     Injected,
-    adapted_modules,
+    Root,
     alone,
     check_names,
     check_unmerged,
@@ -70,16 +72,19 @@ def train_only(model: M, names: str | Iterable[str] | None) -> M:
         check_live_inputs(survey, f"train_only {min(wanted)!r}")
     asked = f"train_only {', '.join(map(repr, sorted(wanted)))}"
     flags = [(p, entry.adapter in wanted) for _, entry, _, p in trainable_tensors(survey)]
+    flags += [(parameter, False) for parameter in survey.tensors]
     say_fixed_biases((e.spec for _, _, e in entries(survey) if e.adapter in wanted), asked)
     training = [parameter for parameter, trains in flags if trains]
     for library in loaded_libraries():
         library.before_train(survey, training, asked)
-    with all_or_nothing((m for _, m, _ in adapted_modules(survey)), (survey.root,)):
+    with all_or_nothing((module for _, module in survey.modules), (survey.root,)):
+        note_flags(survey, survey.root)
         changed = any(parameter.requires_grad != trains for parameter, trains in flags)
         for parameter, trains in flags:
             parameter.requires_grad_(trains)
         if wanted:
             begin_training(module for _, module in survey.modules)
+            note_buffers(module for _, module in survey.modules)
         survey.root.trainable |= wanted
     forget_gradients(parameter for parameter, trains in flags if not trains)
     if changed:
@@ -211,6 +216,39 @@ def trainable_tensors(
                 given.add(parameter)
                 key = joined(path, entry.param) if role == "T" else f"{site}.lora_{role}"
                 yield key, entry, role, parameter
+
+
+def is_fresh(survey: Survey) -> bool:
+    """Return whether nobody trains a base yet: all of it requires gradients, and nothing has one.
+
+    That is how a model is made and loaded. Whoever then takes it for frozen, as after `inject`,
+    would train the base beside an adapter that stays as it is, and be told by no error.
+    """
+    plain = [tensor for tensor in survey.tensors if not is_quantized(tensor)]
+    return all(t.requires_grad for t in plain) and all(t.grad is None for t in plain)
+
+
+def note_flags(survey: Survey, root: Root) -> None:
+    """Note which base parameters require a gradient, a tied one at each place, if nobody has yet.
+
+    It is called before the base is frozen: `eject` gives these flags back.
+    """
+    if root.flags is None:
+        held = zip(survey.holders, survey.tensors, strict=True)
+        root.flags = [(module, key, tensor.requires_grad) for (_, module, key), tensor in held]
+
+
+def give_flags_back(root: Root) -> None:
+    """Let base parameters require gradients as they did before the first adapter that trained."""
+    for module, key, flag in root.flags or ():
+        held: Any = module._parameters  # of a scripted module it has no get
+        if key not in held:
+            continue
+        parameter = held[key]
+        if parameter is not None and parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
+            if not flag:
+                parameter.grad = None
 
 
 def forget_gradients(frozen: Iterable[nn.Parameter]) -> None:

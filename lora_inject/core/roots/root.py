@@ -66,7 +66,8 @@ class Root:
         selection: The cell that all its layers share.
         adapters: Its adapters by name, in the order of injection.
         trainable: Names of the adapters that may require gradients.
-        required_grad: Modules and names of the base parameters that required a gradient before.
+        flags: Modules and names of the base parameters, and whether they required a gradient
+            before the first adapter that trained; None until then.
         before_merge: What `unmerge` restores while the model is merged; see `model.merge`.
         n_changes: How often adapters came or went.
         seen: How many selections there were when all layers were last seen to have this one.
@@ -76,7 +77,7 @@ class Root:
     selection: Selection
     adapters: dict[str, Adapter] = field(default_factory=dict)
     trainable: set[str] = field(default_factory=set)
-    required_grad: list[tuple[nn.Module, str]] = field(default_factory=list)
+    flags: Sequence[tuple[nn.Module, str, bool]] | None = None
     before_merge: Any = None
     n_changes: int = 0
     seen: int = 0
