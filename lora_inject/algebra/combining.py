@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from numbers import Integral, Real
@@ -135,8 +135,9 @@ def combine(
         return summed
     sites = {}
     for name, site in summed.sites.items():
-        there = [state.sites[name].spec.rank for state in states if name in state.sites]
-        sites[name], _ = truncated(site, rank or max(there), None, asked)
+        there = [state.sites[name] for state in states if name in state.sites]
+        most, dtype = rank or max(each.spec.rank for each in there), _common_dtype(there)
+        sites[name], _ = truncated(site, most, None, asked, dtype)
     return replace(summed, sites=sites)
 
 
@@ -187,9 +188,11 @@ class _Mixing:
     majority_sign: Sign
     seed: int
 
-    def on_factors(self, there: Sequence[Term], like: SiteSpec, names: Sequence[str]) -> SiteState:
+    def on_factors(
+        self, there: Sequence[Term], like: SiteSpec, holders: Mapping[int, str]
+    ) -> SiteState:
         """Mix the A and mix the B, each weighted by the root of weight times scale."""
-        first = there[0][0].spec
+        first, names = there[0][0].spec, [*holders.values()]
         for (site, _), name in zip(there, names, strict=True):
             spec = plain(site, f"{self.asked}, {name}").spec
             if (spec.rank, spec.slices) != (first.rank, first.slices) or site.A0 is not None:
@@ -203,17 +206,24 @@ class _Mixing:
         factors = [weight * site.scale for site, weight in there]
         roots = [math.sqrt(abs(factor)) for factor in factors]
         signed = [math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)]
-        A = self._mixed([site.A.detach().cpu().double() for site, _ in there], signed, like, "A")
-        B = self._mixed([site.B.detach().cpu().double() for site, _ in there], roots, like, "B")
+        sites = dict(zip(holders, (site for site, _ in there), strict=True))
+        A = self._mixed(
+            {n: s.A.detach().cpu().double() for n, s in sites.items()}, signed, like, "A"
+        )
+        B = self._mixed(
+            {n: s.B.detach().cpu().double() for n, s in sites.items()}, roots, like, "B"
+        )
         return _made(replace(like, slices=first.slices), first.rank, A, B, there)
 
-    def on_delta(self, there: Sequence[Term], like: SiteSpec, names: Sequence[str]) -> SiteState:
+    def on_delta(
+        self, there: Sequence[Term], like: SiteSpec, holders: Mapping[int, str]
+    ) -> SiteState:
         """Mix the dense deltas of one site, and return the best approximation of low rank."""
-        for (site, _), name in zip(there, names, strict=True):
+        for (site, _), name in zip(there, holders.values(), strict=True):
             plain(site, f"{self.asked}, {name}")
         wide = all(site.A.dtype == torch.float64 for site, _ in there)
         dtype = torch.float64 if wide else torch.float32
-        deltas = [_dense(site, dtype) for site, _ in there]
+        deltas = {n: _dense(site, dtype) for n, (site, _) in zip(holders, there, strict=True)}
         mix = self._mixed(deltas, [weight for _, weight in there], like, "W")
         most = self.rank or max(site.spec.rank for site, _ in there)
         halves = [decompose(matrix.to(dtype), most) for matrix in mix]
@@ -222,22 +232,23 @@ class _Mixing:
         return _made(replace(like, slices=None), B.shape[-1], A, B, there)
 
     def _mixed(
-        self, tensors: Sequence[Tensor], weights: Sequence[float], like: SiteSpec, what: str
+        self, given: Mapping[int, Tensor], weights: Sequence[float], like: SiteSpec, what: str
     ) -> Tensor:
-        """Mix tensors of one shape: drop values, elect signs, add."""
-        method, density, whole = self.name.removesuffix("_svd"), self.density, tensors
+        """Mix tensors of one shape, by their adapters' places: drop values, elect signs, add."""
+        method, density = self.name.removesuffix("_svd"), self.density
+        tensors = whole = [*given.values()]
         if method in ("ties", "magnitude_prune"):
             tensors = [_largest(tensor, density) for tensor in tensors]
         elif method.startswith("dare"):
             name = f"{self.seed} {like.name} {what}"
-            masks = [kept(t.shape, density, f"{name} {n}") for n, t in enumerate(tensors)]
+            masks = [kept(t.shape, density, f"{name} {n}") for n, t in given.items()]
             tensors = [t * mask / density for t, mask in zip(tensors, masks, strict=True)]
         if not any(map(torch.any, tensors)) and any(map(torch.any, whole)):
             asked = f"{self.asked}, site '{like.name}'"
             n = tensors[0].numel()
             problem = f"density {density:g} keeps none of the {n:,} values of {what}"
             raise StateError(asked, problem, "Give a larger density, or use svd")
-        stack = torch.stack(list(tensors))
+        stack = torch.stack(tensors)
         mix = stack * stack.new_tensor(weights).view(-1, *[1] * tensors[0].ndim)
         if "ties" not in method:
             return mix.sum(0)
@@ -275,8 +286,13 @@ def _dense(site: SiteState, dtype: torch.dtype) -> Tensor:
 def _made(like: SiteSpec, rank: int, A: Tensor, B: Tensor, there: Sequence[Term]) -> SiteState:
     """Return a site with scale 1, in the dtype of those that it was made of."""
     spec = replace(like, rank=rank, alpha=float(rank), scaling="standard", init="kaiming")
-    dtype = reduce(torch.promote_types, (site.A.dtype for site, _ in there))
+    dtype = _common_dtype([site for site, _ in there])
     return SiteState(spec, A.reshape(spec.a_shape).to(dtype), B.reshape(spec.b_shape).to(dtype))
+
+
+def _common_dtype(sites: Iterable[SiteState]) -> torch.dtype:
+    """Return the dtype of A of some sites, or what holds all of them."""
+    return reduce(torch.promote_types, (site.A.dtype for site in sites))
 
 
 class Truncated(NamedTuple):

@@ -33,12 +33,16 @@ class Cut(NamedTuple):
 
 
 def truncated(
-    site: SiteState, rank: int | None, energy: float | None, asked: str
+    site: SiteState,
+    rank: int | None,
+    energy: float | None,
+    asked: str,
+    dtype: torch.dtype | None = None,
 ) -> tuple[SiteState, Cut]:
     """Return the best site of a lower rank, by a QR of the thin factors and an SVD of k by k.
 
     All parts of a site get one rank: the smallest that keeps `energy` of the site's sum of squares,
-    at most `rank`, and at most the rank of the update.
+    at most `rank`, and at most the rank of the update. `dtype` is by default that of A.
     """
     plain(site, asked, bias=True)
     parts = gathered([(site, 1.0)])
@@ -61,7 +65,7 @@ def truncated(
     thin = []
     for (span, _, _), (U, S, V) in zip(parts, svds, strict=True):
         root = S[:, None, :best].sqrt()
-        left, right = ((m[..., :best] * root).to(site.A.dtype) for m in (U, V))
+        left, right = ((m[..., :best] * root).to(dtype or site.A.dtype) for m in (U, V))
         thin.append((span, left, right.mT))
     made = site_of(thin, replace(site.spec, scaling="standard"), 1.0, [(site, 1.0)])
     return made, Cut(site.spec.rank, best, error)

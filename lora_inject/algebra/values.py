@@ -67,17 +67,17 @@ def weighted_sum(
 ) -> AdapterState:
     """Return the exact `sum of weight * adapter`, ranks concatenated."""
 
-    def make(sites: Sequence[Term], like: SiteSpec, names: Sequence[str]) -> SiteState:
+    def make(sites: Sequence[Term], like: SiteSpec, holders: Mapping[int, str]) -> SiteState:
         if len(sites) == 1 and sites[0][1] == 1:
             return sites[0][0]
-        for (site, _), name in zip(sites, names, strict=True):
+        for (site, _), name in zip(sites, holders.values(), strict=True):
             plain(site, f"{asked}, {name}", bias=True)
         if len(sites) > 1:
             return total(sites, like)
         ((site, weight),) = sites
         spec = replace(site.spec, alpha=site.spec.alpha * abs(weight))
         if not 0 < spec.alpha < math.inf:
-            where = f"{asked}, {names[0]}, site '{spec.name}'"
+            where = f"{asked}, {next(iter(holders.values()))}, site '{spec.name}'"
             problem = f"its alpha would become {spec.alpha}"
             raise StateError(where, problem, "Give a weight nearer to 1")
         turned = {r: t if r[0] == "A" or weight > 0 else -t for r, t in site.tensors.items()}
@@ -89,12 +89,13 @@ def weighted_sum(
 def with_sites(
     states: Sequence[AdapterState],
     weights: Sequence[float],
-    make: Callable[[Sequence[Term], SiteSpec, Sequence[str]], SiteState],
+    make: Callable[[Sequence[Term], SiteSpec, Mapping[int, str]], SiteState],
     asked: str,
 ) -> AdapterState:
     """Return one adapter of several: `make` makes each site; trained tensors are mixed.
 
-    `make` gets the sites with their weights, what the new site is like, and the adapters' names.
+    `make` gets the sites with their weights, what the new site is like, and the names of the
+    adapters that have it, by their places among all.
     """
     names = _check_adapters(states, asked)
     states = [with_every_expert(state) for state in states]
@@ -104,7 +105,7 @@ def with_sites(
     trained = _mixed(terms, names, asked)
     sites = {}
     for site, held in _by_site(states, names, asked):
-        holders = [names[n] for n in held]
+        holders = {n: names[n] for n in held}
         # With the base known, kinds of layers are known; for a foreign file they are assumed.
         surest = min(held, key=lambda n: states[n].fingerprint is None)
         like = held[surest].spec
@@ -114,7 +115,8 @@ def with_sites(
         bias = f"{made.spec.weight.removesuffix('weight')}bias" if made.spec.lora_bias else ""
         if twice := {made.spec.weight, bias} & trained.keys():
             other = next(n for n, s in zip(names, states, strict=True) if min(twice) in s.trained)
-            problem = f"{holders[0]} updates '{min(twice)}' and {other} holds a trained copy of it"
+            first = next(iter(holders.values()))
+            problem = f"{first} updates '{min(twice)}' and {other} holds a trained copy of it"
             raise StateError(asked, problem, "Merge both adapters into the base instead")
         sites[site] = made
     marks = [state.fingerprint for state in states if state.fingerprint is not None]

@@ -351,6 +351,15 @@ def test_methods_on_the_dense_update_hold_for_every_kind(kind: str) -> None:
     assert (mixed - due).norm() <= 1e-5 * due.norm()
 
 
+@pytest.mark.parametrize("method", ["svd", "ties_svd", "linear"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_mix_has_the_dtype_of_what_was_mixed(method: str, dtype: torch.dtype) -> None:
+    a, b = (li.algebra.as_dtype(one(LINEAR, seed, alpha=3.0 + seed), dtype) for seed in (1, 2))
+    how = {"method": method, **({"density": 1.0} if method == "ties_svd" else {})}
+    (site,) = li.combine([a, b], [0.3, 0.6], **how).sites.values()
+    assert {site.A.dtype, site.B.dtype} == {dtype}
+
+
 def test_masks_depend_on_seed_site_and_place_and_keep_as_much_as_is_asked() -> None:
     large = linear("h.0.fc", 100, 100, rank=100)
     a, b = state_of(large), state_of(large, large.at("h.1.fc"))
@@ -361,6 +370,18 @@ def test_masks_depend_on_seed_site_and_place_and_keep_as_much_as_is_asked() -> N
     assert not torch.equal(both.sites["h.0.fc"].A, both.sites["h.1.fc"].A)
     assert li.combine([b], seed=4, **options) != both
     assert 0.45 < (first.sites["h.0.fc"].A != 0).double().mean() < 0.55
+
+
+def test_a_mask_does_not_depend_on_the_other_adapters() -> None:
+    rows = [linear(f"h.{n}.fc", 20, 20, rank=8) for n in (0, 1)]
+    both, first = state_of(*rows, seed=1), state_of(rows[0])
+    empty = state_of(*rows, size=0.0)
+    for method in ("dare_linear", "dare_linear_svd"):
+        made = [
+            li.combine([other, both], method=method, density=0.5).sites["h.1.fc"]
+            for other in (first, empty)
+        ]
+        assert torch.equal(effect(made[0]), effect(made[1])), method
 
 
 def ones(site: li.classes.SiteState) -> li.classes.SiteState:
