@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -91,8 +92,9 @@ def compared(one: SiteState | None, two: SiteState | None) -> SiteDifference:
     apart = _norm([*ours, *((site, -weight) for site, weight in theirs)])
     if apart <= _ROUNDED * max(first, second):
         apart = 0.0
-    dot = (first**2 + second**2 - apart**2) / 2
-    cosine = dot / (first * second) if first and second else None
+    cosine = None
+    if first and second:
+        cosine = max(-1.0, min(1.0, _inner(ours, theirs) / (first * second)))
     ranks = one.spec.rank if one else 0, two.spec.rank if two else 0
     return SiteDifference(ranks, (first, second), apart, cosine)
 
@@ -107,6 +109,26 @@ def _norm(terms: Sequence[Term]) -> float:
         R_l, R_r = (torch.linalg.qr(m, mode="r").R for m in (left, right.mT))
         square += float((R_l @ R_r.mT).square().sum())
     return math.sqrt(square)
+
+
+def _inner(one: Sequence[Term], two: Sequence[Term]) -> float:
+    """Return `<D1, D2>` of two updates, the sum over all elements.
+
+    In bases that both have in common each is k by k, and rounded by its own size alone.
+    """
+    dot = 0.0
+    for (span, left, right), (other, b, a) in product(gathered(one), gathered(two)):
+        start, stop = max(span[0], other[0]), min(span[1], other[1])
+        if start >= stop:
+            continue
+        mine, k = left[:, start - span[0] : stop - span[0]], left.shape[2]
+        theirs = b[:, start - other[0] : stop - other[0]].to(left.device)
+        R_l = torch.linalg.qr(torch.cat([mine, theirs], 2), mode="r").R
+        R_r = torch.linalg.qr(torch.cat([right, a.to(left.device)], 1).mT, mode="r").R
+        first = R_l[..., :k] @ R_r[..., :k].mT
+        second = R_l[..., k:] @ R_r[..., k:].mT
+        dot += float((first * second).sum())
+    return dot
 
 
 def plain(site: SiteState, asked: str, *, bias: bool = False) -> SiteState:

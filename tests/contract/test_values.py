@@ -107,6 +107,24 @@ def test_sites_that_adapt_other_slices_are_added(rule: Any, spans: Any, union: A
     assert math.isclose(li.diff(a, b).cosine, wanted, abs_tol=1e-12)
 
 
+@pytest.mark.parametrize("start", ["kaiming", "pissa"])
+@pytest.mark.parametrize("kind", [*FUSED, *STACKS, "linear"])
+def test_the_cosine_of_a_small_update_is_its_own(kind: str, start: str) -> None:
+    row = SITES[kind]
+    a, b = one(row, init=start), one(row, 1, init=start)
+    if start == "pissa":  # small beside its start
+        for state in (a, b):
+            for site in state.sites.values():
+                site.A.copy_(site.A0 + 1e-5 * site.A)
+                site.B.copy_(site.B0 + 1e-5 * site.B)
+    wanted = cosine(delta(a, row), delta(b, row))
+    for size in (1.0, 1e-6, 1e-12, -1e-12):
+        small = li.combine([b], [size])
+        found = li.diff(a, small).cosine
+        assert math.isclose(found, math.copysign(1, size) * wanted, abs_tol=1e-9), size
+        assert math.isclose(li.diff(a, li.combine([a], [size])).cosine, math.copysign(1, size))
+
+
 def test_diff_lists_sites_and_trained_tensors_of_either() -> None:
     a = replace(one(LINEAR), trained={"head": torch.zeros(2)})
     b = replace(li.combine([a, one(EMBEDDING)]), trained={"head": torch.ones(2)})
