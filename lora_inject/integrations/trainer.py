@@ -18,7 +18,7 @@ from torch import nn
 from lora_inject.core.layers.survey import Survey, unwrapped
 from lora_inject.core.model.buffers import check_buffers
 from lora_inject.core.model.gradients import check_live_inputs
-from lora_inject.core.model.training import adapter_parameters
+from lora_inject.core.model.training import adapter_parameters, modules_that_train
 from lora_inject.core.model.used import refuse_unused
 from lora_inject.core.roots.root import Injected, check_unmerged, entries, find_root, has_gradient
 from lora_inject.errors import StateError
@@ -142,7 +142,7 @@ class AdapterCheckpoint:
             remedy = "List trained parameters of the base under `train` in the config"
             raise StateError(_ASKED, problem, remedy)
         folders_of(survey)
-        check_live_inputs(survey, "train")
+        check_live_inputs(survey, "train", modules_that_train(survey), watched=True)
         if getattr(args, "use_vllm", False) and not self.sends_merged:
             problem = "use_vllm is set, and TRL would send vLLM the base without the adapters"
             remedy = "Send merged ones (docs/cookbook/trl-vllm.md) and pass sends_merged=True"

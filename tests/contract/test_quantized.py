@@ -731,6 +731,58 @@ def test_over_a_layer_without_a_gradient_an_adapter_serves_and_does_not_train(
             assert same_bits(net(x), plain(x))
 
 
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layers(x)).tanh()
+
+
+class Towers(nn.Module):
+    """An image encoder whose layers torch has quantized, before a language model or after it."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.order, self.text = order, Tower()
+        self.vision = torch.ao.quantization.quantize_dynamic(Tower(), {"layers.0", "layers.2"})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.order.split():
+            x = self.get_submodule(name)(x)
+        return x
+
+
+@pytest.mark.parametrize("order", ["vision text", "text vision"])
+def test_a_tower_without_a_gradient_is_no_reason_until_one_is_lost(order: str) -> None:
+    """Its input has none where it comes first. Where it comes last, a forward says it."""
+    model, x, text = Towers(order), torch.randn(3, 32), {"rank": 2, "targets": [r"text\..*"]}
+    held, base = snapshot(model), model(x)
+    with refused(li.LayerError, "'vision.layers.0'", model=model):
+        li.inject(model, {"rank": 2, "targets": ["all-linear"]})
+    injected = fill(li.inject(model, text))
+    model = copy.deepcopy(injected)
+    li.parameter_groups(model, 1e-3)
+    if order == "text vision":
+        with refused(li.LayerError, "gradients", "no_grad"):
+            model(x)
+    else:
+        model(x).sum().backward()
+        wanted = copy.deepcopy(model.text)
+        wanted.zero_grad()
+        wanted(model.vision(x).detach()).sum().backward()
+        for name, parameter in li.adapter_parameters(model).items():
+            due = wanted.get_parameter(name.removeprefix("text.") + "__default")
+            assert error(parameter.grad, due.grad.double()) < 1e-6
+    with torch.no_grad():
+        assert not same_bits(model(x), base)
+    assert same_bits(li.eject(model)(x), base)
+    assert snapshot(li.eject(injected)) == held
+
+
 @pytest.mark.parametrize("how", DYNAMIC)
 def test_a_layer_is_not_quantized_over_its_adapter_and_one_between_is_seen(how: str) -> None:
     """What would be quantized is W + delta, and the update would be added again."""

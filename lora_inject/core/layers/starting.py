@@ -113,9 +113,9 @@ def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, T
     spec, dtype = entry.spec, master_dtype(weight.dtype)
     if spec is None:
         role = next(iter(entry.names))
-        return {role: entry.start(whole(weight)).to(dtype, copy=True)}
+        return {role: entry.start(_gathered(weight)).to(dtype, copy=True)}
     if spec.init in FROM_WEIGHT:
-        weight = whole(weight)
+        weight = _gathered(weight)
     factors = first_factors(spec, weight, dtype)
     if spec.variant == "lora":
         return factors
@@ -125,7 +125,7 @@ def first_values(module: nn.Module, entry: Entry, weight: Tensor) -> dict[str, T
 
 def _first_norms(module: nn.Module, spec: SiteSpec, weight: Tensor) -> Tensor:
     """Return the norms of the adapted outputs of W, equal in every bit to the first forward's."""
-    weight = whole(weight)
+    weight = _gathered(weight)
     if is_quantized(weight):
         weight = dense(module, weight)
     matrix = weight.detach().reshape(spec.matrix_shape)
@@ -133,3 +133,8 @@ def _first_norms(module: nn.Module, spec: SiteSpec, weight: Tensor) -> Tensor:
         matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))
     norms = norms_of(matrix, spec.transposed)
     return torch.cat([norms[start:stop] for start, stop in spec.spans])
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    """Return W itself, a packed one as it is, or all of a sharded one."""
+    return whole(weight) if hasattr(weight, "full_tensor") else weight

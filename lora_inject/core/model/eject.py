@@ -15,6 +15,7 @@ from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.swap import narrow, unswap
 from lora_inject.core.model.buffers import forget_buffers
+from lora_inject.core.model.gradients import unwatch
 from lora_inject.core.model.ties import refuse_untold
 from lora_inject.core.model.training import give_flags_back
 from lora_inject.core.roots.root import (
@@ -84,6 +85,7 @@ def eject(model: M, name: str | None = None) -> M:
         if not root.adapters:
             end_training(modules)
             forget_buffers(modules, put_back=not merged)
+            unwatch(modules)
     return model
 
 

@@ -170,7 +170,7 @@ def _wanted(
         rows = {key: each.rows for each in planned.trained for key in survey.names_of(each.name)}
         wanted += places(survey, name, planned.sites, rows)
     with refusing():
-        check_live_inputs(survey, asked)
+        check_live_inputs(survey, asked, (place.path for place in wanted))
     return planned, present, wanted
 
 

@@ -15,6 +15,7 @@ from lora_inject.core.model.fit_state import fit
 from lora_inject.core.model.gradients import check_live_inputs
 from lora_inject.core.model.put import check_takes_adapter, put_state, survey_for, uncollected
 from lora_inject.core.model.training import say_fixed_biases
+from lora_inject.core.spec.names import parent
 from lora_inject.errors import check_type, user_path, within
 from lora_inject.formats.exchange import read_adapter
 from lora_inject.formats.hub import on_disk
@@ -76,14 +77,14 @@ def load_adapter(
     asked = f"load {str(path)!r}"
     survey = survey_for(model)
     check_takes_adapter(survey, name, trains=trainable)
-    if trainable:
-        check_live_inputs(survey, asked)
     files = user_path("load adapter", path)
     if revision is not None or not lexists(files):
         files = on_disk(files, path, revision, asked)
     state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
     fitted = fit(survey, state, leave_out, base, leave_new=leave_new, asked=asked)
     if trainable:
+        names = (*(site.spec.weight for site in fitted.sites.values()), *fitted.trained)
+        check_live_inputs(survey, asked, map(parent, names))
         say_fixed_biases((site.spec for site in fitted.sites.values()), asked)
     adapter = put_state(survey, fitted, name, owned=True, trainable=trainable)
     adapter.files = files.absolute()

@@ -25,6 +25,7 @@ from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Carried, Survey
 from lora_inject.core.layers.swap import swap
 from lora_inject.core.model.buffers import note_buffers
+from lora_inject.core.model.gradients import watch
 from lora_inject.core.model.places import places
 from lora_inject.core.model.training import forget_gradients, is_fresh, note_flags
 from lora_inject.core.roots.root import (
@@ -130,6 +131,8 @@ def put(
             for library in loaded_libraries():
                 library.after_load(survey, name)
             last()
+            if train:
+                watch(modules)
         if freezes:
             forget_gradients((*survey.tensors, *trained))
     return adapter

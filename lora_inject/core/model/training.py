@@ -18,7 +18,7 @@ from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Survey
 from lora_inject.core.layers.weight_kinds import is_quantized
 from lora_inject.core.model.buffers import note_buffers
-from lora_inject.core.model.gradients import check_live_inputs
+from lora_inject.core.model.gradients import check_live_inputs, watch
 from lora_inject.core.roots.root import (
     Injected,
     Root,
@@ -69,7 +69,8 @@ def train_only(model: M, names: str | Iterable[str] | None) -> M:
     wanted = check_names(survey.root, listed, "train_only")
     check_unmerged("train_only", survey.root)
     if wanted:
-        check_live_inputs(survey, f"train_only {min(wanted)!r}")
+        paths = (path for path, _, entry in entries(survey) if entry.adapter in wanted)
+        check_live_inputs(survey, f"train_only {min(wanted)!r}", paths)
     asked = f"train_only {', '.join(map(repr, sorted(wanted)))}"
     flags = [(p, entry.adapter in wanted) for _, entry, _, p in trainable_tensors(survey)]
     flags += [(parameter, False) for parameter in survey.tensors]
@@ -85,6 +86,7 @@ def train_only(model: M, names: str | Iterable[str] | None) -> M:
         if wanted:
             begin_training(module for _, module in survey.modules)
             note_buffers(module for _, module in survey.modules)
+            watch(module for _, module in survey.modules)
         survey.root.trainable |= wanted
     forget_gradients(parameter for parameter, trains in flags if not trains)
     if changed:
@@ -161,7 +163,8 @@ def parameter_groups(
     if not groups:
         problem = "no adapter of the model is trainable"
         raise StateError("parameter_groups", problem, "Call train_only(model, name)")
-    check_live_inputs(survey, "parameter_groups")  # a base may be quantized after inject
+    paths = modules_that_train(survey)
+    check_live_inputs(survey, "parameter_groups", paths, watched=True)
     rates = lr if isinstance(lr, Mapping) else {"": lr}
     _check_rates(rates, b_lr_ratio, {adapter for adapter, _ in groups})
     return [
@@ -249,6 +252,11 @@ def give_flags_back(root: Root) -> None:
             parameter.requires_grad_(flag)
             if not flag:
                 parameter.grad = None
+
+
+def modules_that_train(survey: Injected) -> list[str]:
+    """Return the names of the modules of the adapters that train."""
+    return [path for path, _, entry in entries(survey) if entry.adapter in survey.root.trainable]
 
 
 def forget_gradients(frozen: Iterable[nn.Parameter]) -> None:
