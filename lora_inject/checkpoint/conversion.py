@@ -125,14 +125,15 @@ def check_adapter(
 
     Args:
         adapter: The adapter's files.
-        client: `vllm`, `sglang`, `llama.cpp`, `diffusers`, `mlx`, `comfyui` or `peft`.
+        client: `vllm`, `sglang`, `llama.cpp`, `diffusers`, `mlx`, `comfyui` or `peft`; or one with
+            its version, `vllm==0.32`. Without one, what any version does that is known is found.
         base: Folder of the base, to compare names, ties and layers too.
 
     Returns:
         Findings, each with a remedy. If no finding `stops`, the program takes the adapter.
 
     Raises:
-        FormatError: The program is unknown, or the files are damaged.
+        FormatError: The program, or what its version does, is unknown, or the files are damaged.
 
     Examples:
         >>> import tempfile

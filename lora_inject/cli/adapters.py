@@ -192,11 +192,21 @@ def convert(
     out.print({"output": str(path), "format": to, "lost": lost}, f"wrote {path}")
 
 
+def _program(value: str) -> str:
+    one_of(CLIENTS)(value.partition("==")[0])
+    return value
+
+
 def check(
     adapter: options.AdapterPath,
     client: Annotated[
         str,
-        Option("--for", metavar="PROGRAM", help=f"{', '.join(CLIENTS)}.", callback=one_of(CLIENTS)),
+        Option(
+            "--for",
+            metavar="PROGRAM",
+            help=f"{', '.join(CLIENTS)}; or one with its version, such as vllm==0.32.",
+            callback=_program,
+        ),
     ],
     base: Base = None,
     *,

@@ -1,14 +1,11 @@
 """Checks of adapter files for programs that load them.
 
-Each program is one function of the config and of the names and shapes of the tensors. Of values it
-reads only alphas; that all are finite is checked here. Anything that the program would refuse,
-ignore or scale differently is an objection with a remedy. `scripts/interop/clients.py` runs the
-programs themselves and compares.
-
-Sources: vLLM 0.33, lora/peft_helper.py, lora/lora_model.py, lora/utils.py; SGLang 0.5.23,
-srt/lora/lora_config.py, lora.py, utils.py; llama.cpp, convert_lora_to_gguf.py,
-src/llama-adapter.cpp; diffusers 0.42.1, loaders/peft.py; mlx-lm 0.32.2, tuner/utils.py; ComfyUI,
-comfy/lora.py; peft 0.21.2, utils/save_and_load.py.
+A program is a row of `CLIENTS` with its facts: functions of the config and of the names and shapes
+of the tensors, each with the versions in which it holds. Of values they read only alphas; that all
+are finite is checked here, and that this package reads the folder: what its own reader refuses, no
+program is said to take. Anything that a program would refuse, ignore or scale differently is an
+objection with a remedy. Without a version they are those of any version from the oldest that is
+known. `scripts/interop/clients.py` runs the programs themselves and compares.
 """
 
 from __future__ import annotations
@@ -26,13 +23,13 @@ from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.files.tensors import is_safetensors, read_tensors
 from lora_inject.core.functional.finite import all_finite
-from lora_inject.core.spec.names import leaf, nearest, parent
+from lora_inject.core.spec.names import Below, leaf, nearest, parent
 from lora_inject.errors import FormatError, within
 from lora_inject.formats import gguf, mlx, pipelines
-from lora_inject.formats.exchange import detected
+from lora_inject.formats.exchange import detected, read_adapter
 from lora_inject.formats.format import Files, part_of_folder
-from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields, read_fields
+from lora_inject.formats.model_facts import ModelFacts, NotKnownError
+from lora_inject.formats.peft.fields import LAYOUTS_OF_B, UNSUPPORTED, LoraFields, read_fields
 from lora_inject.formats.peft.folder import CONFIG, CONFIG_KEY, MODEL, opened
 from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.formats.single_experts import (
@@ -51,7 +48,7 @@ _COMFYUI_LACKS = re.compile(
     r"lora_unet_(single_)?transformer_blocks_\d+_|lora_te_(text_projection|encoder_block_)"
     r"|lora_te\d?_encoder_layers_\d+_(self_attn_(q|k|v|out)_proj|mlp_fc[12])"
 )
-# What vLLM takes for --max-lora-rank (up to 0.27, config/lora.py, `MaxLoRARanks`).
+# What vLLM takes for --max-lora-rank (0.30 to 0.32, config/lora.py, `MaxLoRARanks`).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Models whose stacks of experts vLLM adapts as PEFT stacks them (`is_3d_moe_weight`).
 VLLM_STACKS = ("gpt_oss", "interns1_pro", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_vl_moe")
@@ -73,6 +70,7 @@ class Objection:
 
 
 Objections = Iterator[Objection]
+Version = tuple[int, ...]
 Shape = tuple[int, ...] | None
 
 
@@ -95,6 +93,7 @@ class Checked:
         kind: The base's `model_type`, which servers go by.
         transposed: The names of the base's modules that have `is_transposed`, None if not known.
         unfit: Says why PEFT's layers cannot stand in a module's place.
+        language_model: What is in the language model of a base that has other parts, or None.
     """
 
     def __init__(self, path: Path, facts: ModelFacts) -> None:
@@ -104,6 +103,8 @@ class Checked:
         self.kind = (facts.config or {}).get("model_type")
         self.transposed = facts.transposed_modules if facts.orientation_known else None
         self.unfit = facts.unfit or (lambda _: "")
+        inside = facts.language_model
+        self.language_model = None if inside is None else Below(inside)
         self.config: Mapping[str, Any] = {}
         self.fields = LoraFields()
         with within(f"check '{path}'"):
@@ -125,6 +126,10 @@ class Checked:
         numbers = self.fields.numbers(self.pairs).items()
         self.said = {n: (rank or self.rank, alpha or self.alpha) for n, (rank, alpha) in numbers}
         self.ranks = {n: self._rank(n, a[0]) for n, (a, b) in self.pairs.items() if a and b}
+
+    def in_tower(self, name: str) -> bool:
+        """Whether a module is outside of the language model of a base that has other parts."""
+        return self.language_model is not None and name not in self.language_model
 
     def is_stack(self, name: str) -> bool:
         """Whether A and B of a complete pair hold those of several matrices."""
@@ -153,24 +158,102 @@ class Checked:
             self.fields = read_fields(self.config, CONFIG, allow={*self.config})
 
 
-def objections(path: Path, client: str, facts: ModelFacts) -> list[Objection]:
-    """Return what a program, a name of `CLIENTS`, would refuse, ignore or compute differently.
+@dataclass(frozen=True)
+class Fact:
+    """A rule about a program.
 
-    Those that stop come first. The base's module names and config are compared if given.
+    Attributes:
+        rule: What it yields for an adapter's files.
+        since: The first version in which it holds; empty for every one before.
+        until: The last one, with all that begin so; empty for every one after.
     """
-    if client not in CLIENTS:
+
+    rule: Callable[[Checked], Objections]
+    since: str = ""
+    until: str = ""
+
+    def holds(self, version: Version | None) -> bool:
+        """Whether it holds in a version; if none is given, in any."""
+        if version is None:
+            return True
+        first, last = _numbers(self.since), _numbers(self.until)
+        return first <= version and (not last or version[: len(last)] <= last)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that loads adapters.
+
+    Attributes:
+        seen: The version that was read, and run by scripts/interop, last.
+        source: Where in it the facts are.
+        facts: What it would refuse, ignore or compute differently.
+        oldest: The first version that the facts are known of; empty for `seen`.
+    """
+
+    seen: str
+    source: str
+    facts: tuple[Fact, ...]
+    oldest: str = ""
+
+    def version(self, text: str, asked: str) -> Version:
+        """Return a version that was asked for, and of which the facts are known."""
+        if not re.fullmatch(r"\d+(\.\d+)*", text):
+            raise FormatError(asked, f"{text!r} is not a version", "Write it as in vllm==0.32")
+        version, oldest = _numbers(text), self.oldest or self.seen
+        if version < _numbers(oldest)[: len(version)]:
+            problem = f"what version {text} does is not known, the oldest known one is {oldest}"
+            raise FormatError(asked, problem, "Leave the version out, or take a newer program")
+        return version
+
+
+def _numbers(version: str) -> Version:
+    return tuple(map(int, version.split("."))) if version else ()
+
+
+def objections(path: Path, client: str, facts: ModelFacts) -> list[Objection]:
+    """Return what a program would refuse, ignore or compute differently.
+
+    `client` is a name of `CLIENTS`, or one with a version: `vllm==0.32`. Those that stop come
+    first. The base's module names and config are compared if given.
+    """
+    asked, (name, equals, text) = f"check '{path}'", client.partition("==")
+    if name not in CLIENTS:
         problem = f"there is no client '{client}'"
-        raise FormatError(f"check '{path}'", problem, f"Known are {', '.join(CLIENTS)}")
+        raise FormatError(asked, problem, f"Known are {', '.join(CLIENTS)}")
+    program = CLIENTS[name]
+    version = program.version(text, f"{asked} for '{client}'") if equals else None
     files = Checked(path, facts)
     bad = (key.removeprefix(PREFIX) for key, t in files.tensors.items() if not all_finite(t))
     remedy = "Its training diverged; take an earlier checkpoint of the adapter"
-    damaged = _about(bad, "NaN or Inf, which makes all outputs NaN, is in {}", remedy)
-    return sorted([*damaged, *CLIENTS[client](files)], key=lambda objection: not objection.stops)
+    found = [*_about(bad, "NaN or Inf, which makes all outputs NaN, is in {}", remedy)]
+    for fact in program.facts:
+        found += fact.rule(files) if fact.holds(version) else ()
+    found += _unread(files, path, facts)
+    return sorted(found, key=lambda objection: not objection.stops)
+
+
+def _unread(files: Checked, path: Path, facts: ModelFacts) -> Objections:
+    """Find what this package's reader refuses in a PEFT folder, whoever else would read it.
+
+    PEFT's further methods, and an init that changes the base, are the programs' own matter; what
+    only the base says is not asked.
+    """
+    if files.config.get("peft_type") != "LORA" or files.layout != "peft":
+        return
+    allowed = [*UNSUPPORTED, "init_lora_weights"]
+    try:
+        read_adapter(path, files.layout, facts=facts, allow=allowed)
+    except NotKnownError:
+        return
+    except FormatError as error:
+        place = error.asked.partition(f"adapter '{path}'")[2].removeprefix(", ")
+        what = f"{place}: {error.found}" if place else error.found
+        yield Objection(f"it contradicts itself, {what}", error.remedy)
 
 
 # What several programs have in common -------------------------------------------------------------
 
-Rules = Callable[[Checked], Objections]
 _METHODS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias of lora_B",
@@ -190,14 +273,16 @@ def _about(
         yield Objection(problem.replace("{}", one_line(listed, n)), fix, stops)
 
 
-def _of_peft(client: str, methods: Mapping[str, str], own: Rules, also: str = "") -> Rules:
-    """Return the rules of a program that reads LoRA in PEFT folders; `own` are rules of its own.
+def _in_peft(
+    client: str, methods: Mapping[str, str], *rules: Callable[[Checked], Objections], also: str = ""
+) -> Callable[[Checked], Objections]:
+    """Return a rule that holds `rules` to LoRA in PEFT folders, which a program reads alone.
 
     `methods` are the fields of the config that it refuses, with their meaning. `also` is a format
     that it reads as it is.
     """
 
-    def rules(files: Checked) -> Objections:
+    def rule(files: Checked) -> Objections:
         kind = files.config.get("peft_type")
         if files.layout == also:
             return
@@ -207,16 +292,15 @@ def _of_peft(client: str, methods: Mapping[str, str], own: Rules, also: str = ""
         elif kind is None:
             yield Objection(f"'peft_type' is missing, without which {client} refuses it", "Add it")
         elif kind == "LORA":
-            yield from _halves(files)
             for name, what in methods.items():
                 if files.config.get(name) not in (None, False, [], {}, "none"):
                     yield Objection(f"{client} does not know {what} ('{name}' is set)", MERGE)
-            yield from own(files)
-            yield from _names(files)
+            for each in (_halves, *rules, _names):
+                yield from each(files)
         elif client != "PEFT":
             yield Objection(f"{client} reads LoRA, and 'peft_type' is {str(kind)[:40]!r}", MERGE)
 
-    return rules
+    return rule
 
 
 def _halves(files: Checked) -> Objections:
@@ -270,10 +354,24 @@ def _no_shared_stacks(files: Checked, client: str, fix: str = PORTABLE) -> Objec
 # One function for each program --------------------------------------------------------------------
 
 
+_HEADS_IN_VLLM = ("classifier", "score")
+
+
+def _heads_in_vllm(files: Checked) -> Objections:
+    saved = [name for name in files.fields.modules_to_save if name in _HEADS_IN_VLLM]
+    yield from _about(saved, "vLLM up to 0.30 refuses 'modules_to_save' {}", MERGE)
+
+
+def _one_scale_in_vllm(files: Checked) -> Objections:
+    divisor = files.fields.divisor(files.rank)
+    if files.config.get("peft_type") == "LORA":
+        yield from _scaled(files, "vLLM up to 0.31", lambda _: files.alpha / divisor)
+
+
 def _vllm(files: Checked) -> Objections:
-    saved = {*files.fields.modules_to_save} - {"classifier", "score"}
+    saved = {*files.fields.modules_to_save} - {*_HEADS_IN_VLLM}
     yield from _about(sorted(saved), "vLLM refuses 'modules_to_save' {}", MERGE)
-    heads = tuple(f"{head}.{end}" for head in ("classifier", "score") for end in ("weight", "bias"))
+    heads = tuple(f"{head}.{end}" for head in _HEADS_IN_VLLM for end in ("weight", "bias"))
     copies = tuple(f"{name}.base_layer.weight" for name in ("embed_tokens", "lm_head"))
     yield from _full(files, "vLLM", "refuses", (*heads, *copies))
     if "target_modules" not in files.config:
@@ -281,10 +379,15 @@ def _vllm(files: Checked) -> Objections:
     init = str(files.config.get("init_lora_weights", "")).lower()
     if init.startswith(("pissa", "olora", "corda", "loftq")):
         fix = "Save it with PEFT's path_initial_model_for_weight_conversion"
-        yield Objection(f"vLLM refuses init_lora_weights {init!r}", fix)
+        problem = f"vLLM does not change the base as PEFT does for init_lora_weights {init!r}"
+        yield Objection(problem, fix)
     if files.shared:
         yield _started_with("vLLM", "--enable-moe-shared-loras")
     yield from _columns_by_expert(files, "vLLM")
+    towers = (name for name in files.pairs if files.in_tower(name))
+    problem = "vLLM adapts a tower beside the language model only with an option: {}"
+    option = "Start it with --enable-tower-connector-lora"
+    yield from _about(towers, problem, option, stops=False)
     yield from _stacks_in_vllm(files)
     yield from _ranks_in_vllm(max([*files.ranks.values(), 0]))
 
@@ -479,13 +582,30 @@ def _mlx(files: Checked) -> Objections:
         yield from _names(files)
 
 
-CLIENTS: Mapping[str, Rules] = {
-    "vllm": _of_peft("vLLM", _ALL, _vllm),
-    "sglang": _of_peft("SGLang", _ALL, _sglang),
-    "llama.cpp": _of_peft("llama.cpp", _METHODS, _llama_cpp, also="gguf"),
-    "diffusers": _diffusers,
-    "mlx": _mlx,
-    "comfyui": _comfyui,
-    "peft": _of_peft("PEFT", {}, _peft),
+CLIENTS: Mapping[str, Program] = {
+    "vllm": Program(
+        "0.32.0",
+        "lora/peft_helper.py, lora/lora_model.py, lora/utils.py, lora/model_manager.py",
+        (
+            Fact(_in_peft("vLLM", _ALL, _vllm)),
+            Fact(_one_scale_in_vllm, until="0.31"),
+            Fact(_heads_in_vllm, until="0.30"),
+        ),
+        oldest="0.30",
+    ),
+    "sglang": Program(
+        "0.5.23",
+        "srt/lora/lora_config.py, lora.py, utils.py",
+        (Fact(_in_peft("SGLang", _ALL, _sglang)),),
+    ),
+    "llama.cpp": Program(
+        "0.3.36",  # of llama-cpp-python
+        "convert_lora_to_gguf.py, src/llama-adapter.cpp",
+        (Fact(_in_peft("llama.cpp", _METHODS, _llama_cpp, also="gguf")),),
+    ),
+    "diffusers": Program("0.42.1", "loaders/peft.py", (Fact(_diffusers),)),
+    "mlx": Program("0.32.2", "mlx_lm/tuner/utils.py", (Fact(_mlx),)),
+    "comfyui": Program("0.3.64", "comfy/lora.py", (Fact(_comfyui),)),
+    "peft": Program("0.21.2", "utils/save_and_load.py", (Fact(_in_peft("PEFT", {}, _peft)),)),
 }
 """Programs by the names that `lora-inject check --for` knows."""

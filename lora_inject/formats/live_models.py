@@ -69,11 +69,26 @@ def facts_of_model(
         transposed_modules=tuple(_transposed(modules)),
         orientation_known=_orientation_known(model),
         expert_names=expert_names(model),
+        language_model=_language_model(model, plain, modules),
         config=dict(plain) if isinstance(plain, Mapping) else None,
         base_model=getattr(config, "_name_or_path", None) or None,
         task_type=_task_type(model, model_type),
         unfit=_unfit(model_type, modules),
     )
+
+
+def _language_model(
+    model: Any, config: object, modules: Mapping[str, nn.Module]
+) -> tuple[str, ...] | None:
+    """Return the names of the language model and of its head, in a model of several parts."""
+    if not isinstance(config, Mapping) or "text_config" not in config:
+        return None
+    try:
+        parts = [model.get_decoder(), model.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):  # not of transformers, or without one
+        return None
+    known = [id(part) for part in parts if part is not None and part is not model]
+    return tuple(name for name, module in modules.items() if id(module) in known) or None
 
 
 def _orientation_known(model: nn.Module) -> bool:

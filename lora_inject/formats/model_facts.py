@@ -14,6 +14,10 @@ CONVERT = "Convert it with its base: lora-inject convert ADAPTER OUT --to FORMAT
 _NO_CONFIG = f"{CONVERT} (in Python, pass config=, what its config.json holds)"
 
 
+class NotKnownError(FormatError):
+    """A fact of the model decides what a file means, and it is not known."""
+
+
 class Heads(NamedTuple):
     """Sizes of a decoder: q has the rows of `n_heads` heads, k and v of `n_kv_heads`."""
 
@@ -41,6 +45,8 @@ class ModelFacts:
         expert_names: Last parts of names that PEFT takes for experts in this model; linear layers
             called so are written as `target_parameters`, with the same tensors.
         config: The contents of its config.json: kind, heads, ties.
+        language_model: Names of the language model inside one of several parts, and of its head;
+            None if there is no other part, or it is not known.
         base_model: Its name or path, for the config and the model card.
         task_type: PEFT's task type, such as `CAUSAL_LM`.
         idle: For the card: sites and trained tensors of the adapter that no forward had used.
@@ -56,6 +62,7 @@ class ModelFacts:
     orientation_known: bool = True
     expert_names: Collection[str] = ()
     config: Mapping[str, Any] | None = None
+    language_model: Collection[str] | None = None
     base_model: str | None = None
     task_type: str | None = None
     idle: Sequence[str] = ()
@@ -74,9 +81,8 @@ class ModelFacts:
     def text_config(self, why: str) -> Mapping[str, Any]:
         """Return the config of the language model, which may be nested; `why` it is needed."""
         if not self.config:
-            raise FormatError(
-                "", f"the base's config is not given, and it decides {why}", _NO_CONFIG
-            )
+            problem = f"the base's config is not given, and it decides {why}"
+            raise NotKnownError("", problem, _NO_CONFIG)
         inner = self.config.get("text_config")
         return {**self.config, **inner} if isinstance(inner, Mapping) else self.config
 

@@ -135,7 +135,8 @@ def of_case(program: Any, run: Any, base: Path, alone: Result, case: Case) -> It
         except Exception as error:  # noqa: BLE001
             result = replace(result, problem=f"refused: {first_line(error)}")
         if program.CHECK is not None:
-            stops = [f for f in li.check_adapter(path, program.CHECK, base=base) if f.stops]
+            client = program.versioned() if hasattr(program, "versioned") else program.CHECK
+            stops = [f for f in li.check_adapter(path, client, base=base) if f.stops]
             result = replace(result, check=stops[0].problem if stops else "")
         yield result
 

@@ -11,10 +11,11 @@ import torch
 from helpers.reference import llama
 from helpers.refusals import refused
 from helpers.states import SITES, Site, edit_config, linear, spoil, state_of
+from zoo.build import build
 
 import lora_inject as li
 
-CLIENTS = ("vllm", "sglang", "llama.cpp", "mlx", "peft", "diffusers", "comfyui")
+CLIENTS = ("vllm==0.32", "sglang", "llama.cpp", "mlx", "peft", "diffusers", "comfyui")
 
 
 def layer(n: int, name: str, rank: int = 8, alpha: float = 16.0) -> Site:
@@ -34,7 +35,7 @@ def beside(name: str) -> li.AdapterState:
     return state_of(*PLAIN, trained={name: torch.ones(3)})
 
 
-LINEAR = {"vllm", "llama.cpp", "peft", "diffusers"}
+LINEAR = {"vllm==0.32", "llama.cpp", "peft", "diffusers"}
 NOT_LLAMA_CPP = LINEAR - {"llama.cpp"}
 CASES: dict[str, tuple[li.AdapterState, set[str]]] = {  # who takes it; scripts/interop/ asks
     "plain": (state_of(*PLAIN), LINEAR | {"sglang"}),
@@ -65,7 +66,7 @@ def test_who_takes_what(case: str, tmp_path: Path) -> None:
 def test_portable_and_the_formats_of_their_own_are_taken(tmp_path: Path) -> None:
     for case in ("rslora", "one alpha differs", "one rank differs"):
         path = li.convert(STATES[case], tmp_path / case, "portable")
-        for client in ("vllm", "sglang", "llama.cpp", "peft"):
+        for client in ("vllm", "vllm==0.30", "sglang", "llama.cpp", "peft"):
             assert not li.check_adapter(path, client), (case, client)
     mine = {"mlx": "mlx", "comfyui": "kohya", "diffusers": "diffusers"}
     for client, layout in mine.items():
@@ -96,6 +97,53 @@ def test_what_a_config_says_is_checked(change, client, named, tmp_path) -> None:
     assert any(f.stops and named in f.problem for f in findings), findings
 
 
+OF_VERSIONS = {  # what each version does of vLLM's own sources
+    "one alpha differs": {"0.30": True, "0.31": True, "0.31.1": True, "0.32": False, "1.0": False},
+    "rslora": {"0.30": False, "0.32": False},
+    "a head": {"0.30": True, "0.31": False, "0.31.0": False, "0.32": False},
+}
+
+
+@pytest.mark.parametrize("case", OF_VERSIONS)
+def test_a_fact_about_a_program_holds_in_some_of_its_versions(case, run, tmp_path) -> None:
+    path = li.write_adapter(STATES[case], tmp_path / "a")
+    edit_config(path, **({"modules_to_save": ["score"]} if case == "a head" else {}))
+    for version, stops in OF_VERSIONS[case].items():
+        found = [f for f in li.check_adapter(path, f"vllm=={version}") if f.stops]
+        assert bool(found) is stops, (version, found)
+        assert run("check", path, "--for", f"vllm=={version}").code == stops
+    found = [f.problem for f in li.check_adapter(path, "vllm") if f.stops]
+    assert all("up to 0.3" in problem for problem in found)  # of any version, which is named
+    assert bool(found) is any(OF_VERSIONS[case].values())
+
+
+@pytest.mark.parametrize(
+    ("client", "named"),
+    [("vllm==0.29.1", "0.30"), ("vllm==new", "'new'"), ("vllm==", "''"), ("mlx==0.1", "0.32.2")],
+)
+def test_a_version_of_which_nothing_is_known_is_refused(client, named, tmp_path) -> None:
+    path = li.write_adapter(STATES["plain"], tmp_path / "a")
+    with refused(li.FormatError, named, repr(client)):
+        li.check_adapter(path, client)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"target_modules": ["mlp"]}, "'target_modules'"),
+        ({"lora_alpha": ...}, "'lora_alpha' is missing"),
+        ({"new_method": {"a": 1}}, "'new_method'"),
+    ],
+)
+def test_what_our_own_reader_refuses_no_program_takes(change, named, tmp_path) -> None:
+    path = edit_config(li.write_adapter(STATES["plain"], tmp_path / "a"), **change)
+    with refused(li.FormatError, named.split(" ")[0]):
+        li.read_adapter(path)
+    for client in ("vllm", "vllm==0.32", "sglang", "llama.cpp", "diffusers", "peft"):
+        found = [f.problem for f in li.check_adapter(path, client) if f.stops]
+        assert any(named in problem for problem in found), (client, found)
+
+
 @pytest.mark.parametrize(("rank", "option"), [(16, 0), (17, 32), (24, 32), (129, 256), (321, 512)])
 def test_the_rank_that_vllm_is_to_be_started_with_is_one_that_it_takes(
     rank: int, option: int, tmp_path: Path
@@ -118,6 +166,20 @@ def test_names_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     (finding,) = li.check_adapter(path, "vllm", base=tmp_path / "base")
     assert "'model.layers.0.self_attn.v_porj'" in finding.problem
     assert "'model.layers.0.self_attn.v_proj'" in finding.fix
+
+
+def test_a_tower_beside_the_language_model_is_for_a_server_with_an_option(tmp_path: Path) -> None:
+    model = build("llava")
+    model.save_pretrained(tmp_path / "base")
+    li.inject(model, {"rank": 2, "targets": ["q_proj", "multi_modal_projector.linear_1"]})
+    path = li.write_adapter(li.adapter_state(model), tmp_path / "a")
+    found = li.check_adapter(path, "vllm==0.32", base=tmp_path / "base")
+    (finding,) = [f for f in found if "--enable-tower-connector-lora" in f.fix]
+    assert not finding.stops
+    assert "vision_tower" in finding.problem
+    assert "language_model" not in finding.problem
+    path = li.convert(li.algebra.subset(path, "language_model.*"), tmp_path / "b", "peft")
+    assert li.check_adapter(path, "vllm==0.32", base=tmp_path / "base") == []
 
 
 @pytest.mark.parametrize(("client", "fix"), [("sglang", "--to vllm"), ("llama.cpp", "merge")])
@@ -183,7 +245,7 @@ def test_kohya_files_of_a_transformer_are_for_some_only(tmp_path: Path) -> None:
 def test_magnitudes_are_lost_on_a_text_encoder(tmp_path: Path) -> None:
     """Transformers 5.24 looks for them under another key, in PEFT's own files as well."""
     llama().save_pretrained(tmp_path / "base")
-    path = edit_config(li.write_adapter(STATES["plain"], tmp_path / "a"), use_dora=True)
+    path = li.write_adapter(alike(variant="dora"), tmp_path / "a")
     findings = li.check_adapter(path, "diffusers", base=tmp_path / "base")
     assert any(f.stops and "magnitudes of DoRA" in f.problem for f in findings)
     assert not any(f.stops for f in li.check_adapter(path, "diffusers"))
@@ -191,7 +253,8 @@ def test_magnitudes_are_lost_on_a_text_encoder(tmp_path: Path) -> None:
 
 def test_every_program_that_check_knows_has_been_asked_here(tmp_path: Path) -> None:
     path = li.write_adapter(STATES["plain"], tmp_path / "a")
-    with refused(li.FormatError, "'nobody'", *CLIENTS) as raised:
+    names = [client.partition("==")[0] for client in CLIENTS]
+    with refused(li.FormatError, "'nobody'", *names) as raised:
         li.check_adapter(path, "nobody")
     assert str(raised.value).count(",") == len(CLIENTS) - 1, "one more has no row"
 

@@ -26,7 +26,7 @@ from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.spec.names import around, canonical, first_number, joined, leaf, parent
 from lora_inject.core.spec.sites import SiteSpec
 from lora_inject.errors import FormatError, within
-from lora_inject.formats.model_facts import CONVERT, ModelFacts
+from lora_inject.formats.model_facts import CONVERT, ModelFacts, NotKnownError
 from lora_inject.formats.pairs import by_module, check_shapes, plain_site
 from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields
 from lora_inject.formats.peft.name_patterns import ends
@@ -150,7 +150,7 @@ class Foreign:
         elif len(names) > 1:
             problem = f"the file does not say which pair is whose of {one_line(map(leaf, names))}"
             remedy = f"{CONVERT} (in Python, load it onto the model, or pass its tensor_names=)"
-            raise _error(where, problem, remedy)
+            raise NotKnownError(where, problem, remedy)
         return names or [module]
 
     @cached_property
@@ -250,7 +250,7 @@ class Foreign:
             if version is not None:
                 remedy = f"{CONVERT} (in Python, load it onto the model, or pass "
                 remedy += "transposed_modules=, the names of the modules that have is_transposed)"
-            raise _error("", problem, remedy)
+            raise NotKnownError("", problem, remedy)
         return parent(name) in (modules or ())
 
     # Full tensors -----------------------------------------------------------------------------

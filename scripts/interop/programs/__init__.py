@@ -3,7 +3,7 @@
 Each file has `CHECK`, its name for `lora-inject check --for` (None if it has none); `FILES`, the
 formats that it is given; `version()`; and `start(base)`, which returns a function from an adapter
 (None for the base alone) to what `outputs` gives for transformers' or diffusers' model. A refusal
-is an exception.
+is an exception. `versioned()`, if there is one, is the name with a version.
 """
 
 from __future__ import annotations
