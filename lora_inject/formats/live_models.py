@@ -34,6 +34,7 @@ from lora_inject.errors import AS_NATIVE, FormatError
 from lora_inject.formats.exchange import DEFAULT
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.folder import check_sites
+from lora_inject.formats.peft.tensor_layout import attentions
 from lora_inject.private import look_up
 
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
@@ -234,13 +235,15 @@ def refuse_misread(survey: Survey, name: str, client: str = "PEFT") -> None:
     a site under another name. `client` is PEFT, or a program that uses its layers.
     """
     renamed, places = _renaming(survey.model), _places(survey)
+    called = attentions(e.spec for _, _, e in entries(survey, name) if e.spec is not None)
     for path, module, entry in entries(survey, name):
         if entry.spec is None:
             continue
         spec = entry.spec
         if spec.kind == "linear" and spec.update == "weight":  # which is written as a parameter
             spec = replace(spec, kind="parameter")
-        problem = _otherwise(survey, spec, module, places)
+        attention = called.get(spec.name) if client == "PEFT" else None
+        problem = _otherwise(survey, spec, module, places, attention)
         key = f"{path}.lora_A.weight"
         if not problem and not key.endswith(there := renamed(key)):
             problem = "it renames the keys of this model's files (of its own, too), and would look "
@@ -260,10 +263,10 @@ def refuse_other_outputs(survey: Survey, state: AdapterState, asked: str) -> Non
     """
     if not state.layers:
         return
-    places = _places(survey)
+    places, called = _places(survey), attentions(s.spec for s in state.sites.values())
     for site in state.sites.values():
         module = survey.at(site.spec.weight).module
-        problem = _otherwise(survey, site.spec, module, places)
+        problem = _otherwise(survey, site.spec, module, places, called.get(site.spec.name))
         if problem and not site.is_zero:
             made = f"its file is of {state.layers}, which computes something else than W + delta"
             shared = places[id(module)] > 1
@@ -271,14 +274,24 @@ def refuse_other_outputs(survey: Survey, state: AdapterState, asked: str) -> Non
             raise FormatError(f"{asked}, site {site.spec.name!r}", f"{made}: {problem}", remedy)
 
 
-def _otherwise(survey: Survey, spec: SiteSpec, module: nn.Module, places: Mapping[int, int]) -> str:
+def _otherwise(
+    survey: Survey,
+    spec: SiteSpec,
+    module: nn.Module,
+    places: Mapping[int, int],
+    attention: str | None,
+) -> str:
     """Return why PEFT's layers compute something else at a site than W + delta, or "".
 
     They add to the output of the layer that is called, or put W + delta into a parameter while the
-    module that owns it runs. `places` are those of each module.
+    module that owns it runs. `places` are those of each module; `attention` is the one whose two
+    projections PEFT adapts together, if the site is one of them.
     """
     if (n := places[id(module)]) > 1:
         return f"its layer stands in {n} places of the model, and PEFT adapts only the first"
+    if attention is not None:
+        known = isinstance(survey.by_name[attention], nn.MultiheadAttention)
+        return "" if known else f"it knows the attention of torch.nn only, and {attention!r} is not"
     attached, param = attached_to(module), leaf(spec.weight)
     seen = attached.read_from_outside if attached is not None else ()
     if seen and any(e.mark in seen and e.param == param for e in attached.entries()):  # type: ignore[union-attr]

@@ -229,8 +229,13 @@ def plain_site(
 
 def check_shapes(a: Tensor, b: Tensor) -> None:
     """Refuse a pair unless A is `(rank, in, ...)` and B is `(out, rank, 1, ...)`."""
-    fits = 2 <= a.ndim <= 5 and b.shape[1:] == (len(a), *(1,) * (a.ndim - 2))
-    if not fits or not (a.numel() and b.numel()):
-        problem = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}, whose ranks or kernels do "
-        problem += "not fit; PEFT's grouped convolutions have no dense delta"
-        raise FormatError("", problem, _DAMAGED)
+    ones = (1,) * (a.ndim - 2)
+    fits = 2 <= a.ndim <= 5 and b.shape[1:] == (len(a), *ones)
+    if fits and a.numel() and b.numel():
+        return
+    shapes = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
+    if ones and b.ndim == a.ndim and b.shape[2:] == ones and 0 < b.shape[1] < len(a):
+        problem = f"{shapes}, as PEFT has them for a grouped convolution: its A reads the inputs "
+        problem += "of all groups, and no weight of the layer's shape computes that"
+        raise FormatError("", problem, "Train it again with this package; PEFT cannot merge it")
+    raise FormatError("", f"{shapes}, whose ranks or kernels do not fit", _DAMAGED)

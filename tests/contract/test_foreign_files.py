@@ -209,7 +209,9 @@ TENSORS_REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     # B works in groups on what A has made of all channels: no weight of a convolution says that.
     "grouped conv": (pair("c", torch.ones(4, 4, 3), torch.ones(6, 2, 1)), "'c | grouped"),
     "rows twice": ({ROWS: torch.ones(2, 2), f"{ROWS}.default": torch.ones(2, 2)}, "a second time"),
-    "attention": ({**pair("a"), **pair("a.base_layer.out_proj")}, "out_proj' | MultiheadAttention"),
+    "inside another": (
+        {**pair("a"), **pair("a.base_layer.q")}, "base_layer.q' | MultiheadAttention",
+    ),
     "stray level": (pair("fc.base_layer"), "'fc'"),
 }  # fmt: skip
 

@@ -157,6 +157,8 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "parameters": ("held", {"target_parameters": ["lin0.weight"]}),
     "a stack of one": ("stack of one", on("out", target_parameters=["up.weight"])),
     "a table, DoRA": ("table", on("emb", "conv1d", **DORA)),
+    "attention": ("mha", on("mha", "lin0")),
+    "attention of its own rank": ("mha", on("mha", "lin0", rank_pattern={"mha": 3}, lora_alpha=5)),
     "rows": ("table", on("conv1d", trainable_token_indices={"emb": [0, 10]})),
     **{
         f"{which}, {name}": (which, on("conv", "lin0", **option))
@@ -315,6 +317,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
          "train": ["classifier", NORM, r"pooler\.dense\.bias", r"0\.attention\.self\.query\.bias"]},
     ),
     "no sites": ("classifier", {"train": [r"pooler\.dense\.bias"]}),
+    "attention": ("mha", {"rank": 2, "targets": ["mha", "lin0"]}),
+    "attention from pissa": ("mha", {"rank": 2, "init": "pissa", "targets": ["mha"]}),
     "a parameter of attention": ("mha", {"rank": 2, "targets": [r"mha\.in_proj_weight"]}),
 }  # fmt: skip
 
@@ -333,17 +337,21 @@ def test_an_adapter_of_ours_means_the_same_to_peft(case: str, tmp_path: Path) ->
         assert error(row.outputs(read_here(plain, folder)), due) < NEAR
 
 
-def test_attention_is_not_exchanged_with_peft_which_adds_an_update_twice(tmp_path: Path) -> None:
-    both = [r"in_proj_weight", r"out_proj"]
-    model = li.inject(OWN["mha"].build(), {"rank": 2, "targets": both})
-    with refused(li.FormatError, "'mha.out_proj'", "native"):
-        li.save_adapter(model, tmp_path / "a")
+def test_what_peft_cannot_hold_of_attention_or_may_hold_otherwise_is_refused(
+    tmp_path: Path,
+) -> None:
+    """PEFT adapts both projections, with one rank and scale, and the output's update twice."""
+    others = [{"match": "out_proj", "alpha": 5.0}, r"out_proj\.weight"]
+    for targets in (["out_proj"], *(["in_proj_weight", other] for other in others)):
+        model = li.inject(OWN["mha"].build(), {"rank": 2, "targets": targets})
+        with refused(li.FormatError, "'mha.out_proj", "same rank and scale", "native"):
+            li.save_adapter(model, tmp_path / "a")
     model = li.inject(OWN["mha"].build(), {"rank": 2, "targets": ["out_proj"]})
     with refused(li.FormatError, "'mha.out_proj'", "native"):  # it uses PEFT's layers
         li.save_adapter(model, tmp_path / "a", format="diffusers", component="unet")
     of_peft(OWN["mha"].build(), tmp_path / "theirs", on("mha"))
-    with refused(li.FormatError, "'mha.base_layer.out_proj'", "MultiheadAttention"):
-        li.read_adapter(tmp_path / "theirs")
+    with refused(li.FormatError, "'mha'", "0.21.2"):
+        li.read_adapter(edit_config(tmp_path / "theirs", peft_version="0.22.0"))
 
 
 @pytest.mark.filterwarnings("ignore")

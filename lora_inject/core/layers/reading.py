@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.lazy import formed, lazy_weight
@@ -242,7 +243,8 @@ def _effective(
             _is_read(layer, entry)
             # A look at a weight in a notebook is no part of what the model computes.
             if outside and entry.mark not in attached.read_from_outside and in_forward():
-                if entry.layers:
+                # An attention of torch's reads its projection for whoever adapts the attention.
+                if entry.layers and not isinstance(layer, NonDynamicallyQuantizableLinear):
                     _refuse_reading(layer, entry)
                 # dynamo of torch 2.9 follows no |=
                 attached.read_from_outside = attached.read_from_outside | {entry.mark}

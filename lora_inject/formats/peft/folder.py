@@ -43,7 +43,9 @@ from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
     KINDS,
     PREFIX,
+    attentions,
     file_shapes,
+    is_half,
     is_turned,
     layout_of,
     pack,
@@ -143,12 +145,12 @@ def contents(state: AdapterState, facts: ModelFacts) -> Contents:
     specs = [site.spec for site in state.sites.values()]
     check_sites(specs, facts)
     transposed = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
-    layout = layout_of(specs, state.trained, state.rows)
+    layout, called = layout_of(specs, state.trained, state.rows), attentions(specs)
     tensors = {layout.trained[name]: tensor for name, tensor in state.trained.items()}
     for name, site in state.sites.items():
         keys, shapes = layout.sites[name], file_shapes(site.spec)
         A, B = pack(site, turned=name in transposed)
-        tensors |= {keys["A"]: A, keys["B"]: B}
+        tensors |= {keys["A"]: A, keys["B"]: B / 2 if is_half(name, called) else B}
         for role, tensor in site.further.items():
             tensors[keys[role]] = tensor.detach().reshape(shapes[role])
     return Contents(state, tensors, build(state, facts), transposed)
@@ -239,9 +241,11 @@ def _read_native(
     check_sites([*said.specs.values()], ModelFacts())
     layout = layout_of(said.specs.values(), said.trained, said.rows)
     check_keys(tensors, layout.keys)
-    sites = {}
+    sites, called = {}, attentions(said.specs.values())
     for name, spec in said.specs.items():
         mine = {role: tensors[key] for role, key in layout.sites[name].items()}
+        if is_half(name, called):
+            mine["B"] = 2 * mine["B"]
         sites[name] = unpack(spec, mine, turned=name in turned)
     return said.state(sites, {name: tensors[key] for name, key in layout.trained.items()})
 
@@ -294,8 +298,11 @@ def check_sites(specs: Sequence[SiteSpec], facts: ModelFacts, client: str = "PEF
     known = {*(facts.tensor_names or ()), *parameters}
     modules = {spec.name for spec in specs} - parameters if parameters else set[str]()
     unfit, some_odd = facts.unfit, any(map(_odd, alike))
+    called = attentions(specs) if parameters and client == "PEFT" else {}
     for spec in specs:
         problem = ""
+        if spec.name in called:
+            continue
         if reason := (some_odd and _odd(spec)) or _inexpressible(spec, modules, known):
             problem = f"PEFT cannot adapt {reason}"
         elif spec.experts and spec.in_features == spec.out_features and not facts.orientation_known:
@@ -327,7 +334,8 @@ def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Colle
         return f"a parameter of {dims} dimensions"
     # PEFT up to 0.21 adds the update of an attention's output projection twice.
     if spec.weight == f"{module}.weight" and f"{parent(module)}.in_proj_weight" in tensor_names:
-        return "the output projection of a MultiheadAttention: nothing would call it"
+        problem = "the output projection of a MultiheadAttention: nothing would call it. Where its "
+        return f"{problem}in_proj_weight has the same rank and scale, PEFT adapts both together"
     return ""
 
 

@@ -32,6 +32,7 @@ from lora_inject.formats.peft.fields import LAYOUTS_OF_B, LoraFields
 from lora_inject.formats.peft.name_patterns import ends
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, parsed, unpack
 
+_MERGE = "Merge it with PEFT, or train it again with this package"
 _REPAIR = "The file is incomplete or was edited; fetch it again"
 
 # The adapter's name, which some programs leave in.
@@ -41,14 +42,20 @@ _DEFAULT = re.compile(
 )
 # What PEFT puts around a module: the original inside its wrapper, or next to a trained copy.
 _AROUND = re.compile(r"(?<![^.])(?:base_layer|original_module|modules_to_save)\.")
+_OUT_PROJ = ".base_layer.out_proj"  # of an nn.MultiheadAttention
 
 
 class _Place(NamedTuple):
-    """A site as the names say it, a module or a parameter of one, and its path in the file."""
+    """A site as the names say it, a module or a parameter of one, and its path in the file.
+
+    The config speaks of it as `called`: of both projections of an nn.MultiheadAttention by its
+    name, else by the site's.
+    """
 
     name: str
     module: str
     path: str
+    called: str
 
 
 @dataclass(frozen=True)
@@ -69,14 +76,14 @@ class Foreign:
         embeddings = _embeddings(roles)
         rows = self._rows(rest)
         places = [*self._places(parts)]
-        self._check_targets([p.name for p in places if p.name == p.module])
-        numbers = self.fields.numbers([place.name for place in places])
+        self._check_targets([p.called for p in places if p.called == p.module])
+        numbers = self.fields.numbers([place.called for place in places])
         sites: dict[str, SiteState] = {}
         for place in places:
             if place.name in sites:
                 raise _error(f"site '{place.name}'", "two of its pairs are of this one")
             embeds, of = place.path in embeddings, parts[place.path]
-            sites[place.name] = self._site(place, of, *numbers[place.name], embeds)
+            sites[place.name] = self._site(place, of, *numbers[place.called], embeds)
         trained, copies = self._full_tensors(rest, sites)
         trained |= {name: tensor for name, (tensor, _) in rows.items()}
         self._check_saved(trained)
@@ -121,21 +128,37 @@ class Foreign:
                 module = module.removesuffix(".base_layer")
             paths_of[module].append(path)
         for module, given in paths_of.items():
+            if (attention := self._attention_of(module, paths_of)) and len(given) == 1:
+                part = "in_proj_weight" if module == attention else "out_proj"
+                yield _Place(joined(attention, part), attention, given[0], attention)
+                continue
             names = self._names(module)
             wrappers = [module + ".base_layer" * depth for depth in reversed(range(len(names)))]
             if {*wrappers} != {*given}:
                 problem = f"its pairs at {one_line(given)} are not those of {one_line(names)}"
                 raise _error(f"module '{module[:200]}'", problem)
             for name, path in zip(names, wrappers, strict=True):
-                yield _Place(name, module, path)
+                yield _Place(name, module, path, name)
+
+    def _attention_of(self, module: str, modules: Collection[str]) -> str | None:
+        """Return the nn.MultiheadAttention that PEFT adapts at a module: by both projections."""
+        attention = module.removesuffix(_OUT_PROJ)
+        if attention not in modules or attention + _OUT_PROJ not in modules:
+            return None
+        if any(leaf(target) == "in_proj_weight" for target in self.fields.target_parameters):
+            return None
+        if (self.fields.version or (0, 0)) > (0, 21):
+            problem = "PEFT up to 0.21 computes with W + 2 delta of an attention's output "
+            problem += "projection, and the file is of a later one ('peft_version')"
+            raise _error(f"module '{attention[:200]}'", problem, "Save it again with PEFT 0.21.2")
+        return attention
 
     def _names(self, module: str) -> list[str]:
         """The sites of a module: its own name, or those of its parameters in the model's order."""
         where, known = f"module '{module[:200]}'", self.facts.tensor_names
         if ".base_layer." in module and module not in self._modules:
-            # PEFT up to 0.21 applies the update of an attention's output projection twice.
-            problem = "it is inside another adapted module, as in an nn.MultiheadAttention"
-            raise _error(where, problem, "Merge it with PEFT, or train it again with this package")
+            problem = "it is inside another adapted module, which is no nn.MultiheadAttention"
+            raise _error(where, problem, _MERGE)
         listed = self.fields.target_modules
         if known is None and isinstance(listed, list) and not {*listed}.isdisjoint(ends(module)):
             return [module]
@@ -168,7 +191,7 @@ class Foreign:
     ) -> SiteState:
         """Return a site with the numbers that the config claims; shapes say the rest."""
         where, fields, a, b = f"site '{place.name}'", self.fields, of["A"], of["B"]
-        of_module = place.name == place.module
+        of_module, of_attention = place.called == place.module, place.called != place.name
         with within(where):
             self._check_further(of)
             check_shapes(a, b)
@@ -179,17 +202,22 @@ class Foreign:
                 raise _error("", problem, remedy)
             if not of_module and (a.ndim != 2 or embeds):
                 raise _error("", "its pair is not of a parameter, which the config says it is")
-            if not of_module:
+            if of_attention and fields.lora_bias:
+                problem = "PEFT ignores a bias of lora_B in an nn.MultiheadAttention"
+                raise _error("", problem, _MERGE)
+            if not of_module or (of_attention and leaf(place.name) == "in_proj_weight"):
                 return self._parameter(place.name, a, b, rank, alpha)
-        kind = "conv1d" if fields.fan_in_fan_out else "linear"
+        kind = "conv1d" if fields.fan_in_fan_out and not of_attention else "linear"
         spec = replace(
             plain_site(place.name, a, b, alpha, "embedding" if embeds else kind).spec,
             scaling=fields.scaling,
             dropout=fields.lora_dropout,
             variant="dora" if fields.use_dora else "lora",
             lora_bias=fields.lora_bias,
+            update="weight" if of_attention else "forward",
         )
-        return unpack(spec, of)
+        # PEFT computes with W + 2 delta of an attention's output projection.
+        return unpack(spec, {**of, "B": 2 * b} if of_attention else of)
 
     def _check_further(self, of: Mapping[str, Tensor]) -> None:
         for role, said, claim, what in (

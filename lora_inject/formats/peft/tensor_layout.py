@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_inject.core.adapter.file_keys import check_no_clash
 from lora_inject.core.adapter.site_state import SiteState
-from lora_inject.core.spec.names import Below, joined, parent
+from lora_inject.core.spec.names import Below, joined, leaf, parent
 from lora_inject.core.spec.sites import FROM_WEIGHT, SiteSpec
 from lora_inject.errors import FormatError
 from lora_inject.formats.pairs import pair_rank, plain_pair
@@ -72,6 +72,31 @@ def is_turned(spec: SiteSpec, transposed_modules: Collection[str] | None = None)
 def wrapped(spec: SiteSpec) -> str:
     """The module that PEFT wraps for a site."""
     return parent(spec.name) if spec.kind == "parameter" else spec.name
+
+
+def attentions(specs: Iterable[SiteSpec]) -> dict[str, str]:
+    """Return the sites that PEFT adapts by the name of their nn.MultiheadAttention, with that name.
+
+    These are `in_proj_weight` and `out_proj` together, of one rank and scale. PEFT computes with
+    W + 2 delta of `out_proj`, in a forward and in a merge (0.14 to 0.21, tuners/lora/layer.py,
+    `MultiheadAttention.merge`): its files hold half of that site's B (`is_half`).
+    """
+    by_name = {spec.name: spec for spec in specs}
+    called: dict[str, str] = {}
+    for name, into in by_name.items():
+        out = by_name.get(joined(parent(name), "out_proj"))
+        if out is None or into.kind != "parameter" or leaf(name) != "in_proj_weight":
+            continue
+        plain = all((spec.variant, spec.lora_bias) == ("lora", False) for spec in (into, out))
+        alike = (pair_rank(into), into.scale) == (pair_rank(out), out.scale)
+        if plain and alike and (out.kind, out.update) == ("linear", "weight"):
+            called |= dict.fromkeys((name, out.name), parent(name))
+    return called
+
+
+def is_half(name: str, called: Mapping[str, str]) -> bool:
+    """Whether a site is the output projection of one of these `attentions`."""
+    return name in called and leaf(name) == "out_proj"
 
 
 def layout_of(

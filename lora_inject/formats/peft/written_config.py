@@ -22,7 +22,7 @@ from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pairs import pair_alpha, pair_rank
 from lora_inject.formats.peft.fields import HEADS
 from lora_inject.formats.peft.name_patterns import PlainKeys, ends, escaped, is_plain
-from lora_inject.formats.peft.tensor_layout import wrapped
+from lora_inject.formats.peft.tensor_layout import attentions, wrapped
 
 T = TypeVar("T", bound=Hashable)
 
@@ -43,11 +43,13 @@ def build(state: AdapterState, facts: ModelFacts) -> dict[str, Any]:
     """
     specs = [site.spec for site in state.sites.values()]
     rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
-    targets = {_target(spec, facts.expert_names): spec for spec in specs}
+    called = attentions(specs)
+    targets = {called.get(s.name) or _target(s, facts.expert_names): s for s in specs}
     ranks = {name: pair_rank(spec) for name, spec in targets.items()}
     alphas = {name: _as_peft(pair_alpha(s, rslora=rslora)) for name, s in targets.items()}
     rank, alpha = _common(ranks.values()), _common(alphas.values())
-    modules = [name for name, spec in targets.items() if name == wrapped(spec)]
+    whole_attentions = {*called.values()}
+    modules = [n for n, s in targets.items() if n == wrapped(s) or n in whole_attentions]
     parameters = sorted(targets.keys() - {*modules})
     kinds = {targets[name].kind for name in modules}
     dropout = _common(spec.dropout for spec in specs)
@@ -81,8 +83,9 @@ def build(state: AdapterState, facts: ModelFacts) -> dict[str, Any]:
     if state.rows:
         fields["trainable_token_indices"] = {parent(n): [*rows] for n, rows in state.rows.items()}
     if parameters:
-        # Stacks are laid out as this PEFT lays them out: readers tell by version.
-        fields |= {"target_parameters": parameters, "peft_version": PEFT_VERSION}
+        fields["target_parameters"] = parameters
+    if parameters or called:  # laid out as this PEFT lays them out: readers tell by version
+        fields["peft_version"] = PEFT_VERSION
     return fields
 
 
