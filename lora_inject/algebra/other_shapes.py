@@ -27,7 +27,8 @@ from lora_inject.core.adapter.site_state import SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.spec.names import joined
-from lora_inject.core.spec.patterns import MATCH_SECONDS, NOT_A_REGEX, named, stoppable
+from lora_inject.core.spec.patterns import named
+from lora_inject.core.spec.regexes import MATCH_SECONDS, NOT_A_REGEX, stoppable
 from lora_inject.errors import StateError, check_type
 
 

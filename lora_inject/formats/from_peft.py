@@ -21,12 +21,13 @@ from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.spec.config import Config
 from lora_inject.core.spec.inventory import Inventory
 from lora_inject.core.spec.names import Below, canonical, leaf, nearest
-from lora_inject.core.spec.patterns import matching
+from lora_inject.core.spec.patterns import Names
 from lora_inject.core.spec.reading import read_text
 from lora_inject.core.spec.resolve import linear_layers
 from lora_inject.errors import ConfigError, FormatError, user_path
 from lora_inject.formats.live_models import expert_names
 from lora_inject.formats.peft.fields import HEADS, LoraFields, read_fields, whole
+from lora_inject.formats.peft.name_patterns import ends
 
 _INITS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 _ALL = "all-linear"
@@ -153,9 +154,10 @@ def _init(init: bool | str, asked: str) -> str:
 
 def _check_saved(train: Iterable[str], inventory: Inventory, asked: str) -> None:
     """Refuse the name of a parameter: PEFT skips it, and here it would train."""
+    modules, parameters = Names(inventory.modules), Names(inventory.listed)
     for pattern in train:
-        below = Below(matching(pattern, inventory.modules, asked=asked))
-        for name in matching(pattern, inventory.listed, asked=asked):
+        below = Below(modules.matching(pattern, asked))
+        for name in parameters.matching(pattern, asked):
             if name not in below:
                 problem = f"'{name}' is a parameter, and PEFT saves modules only"
                 raise _error(asked, "modules_to_save", problem, "Name the module that it is in")
@@ -201,8 +203,8 @@ def _rules_on(inventory: Inventory, lora: LoraFields, asked: str) -> list[Any]:
 
 
 def _matching(patterns: Iterable[str], names: Iterable[str], asked: str) -> set[str]:
-    names = list(names)
-    return {name for each in patterns for name in matching(each, names, asked=asked)}
+    known = Names(names)
+    return {name for each in patterns for name in known.matching(each, asked)}
 
 
 def _adapted(
@@ -229,9 +231,10 @@ def _adapted(
         problem = f"with it none of {len(targeted)} targeted layers is adapted, such as "
         problem += f"'{targeted[0]}': it is {getattr(lora, field)!r}"
         raise _error(asked, field, problem, "Target some others; layers are counted from 0")
+    known = Names(names)
     for table in ("rank_pattern", "alpha_pattern"):
         for key in getattr(lora, table):
-            if not matching(key, names, asked=asked):
+            if not known.matching(key, asked):
                 problem = f"the key {key!r} matches none of the targeted modules"
                 raise _error(asked, table, problem, "Remove it, or correct it")
     if lora.ensure_weight_tying:
@@ -254,12 +257,13 @@ def _check_targets(
     given = lora.target_modules
     listed = given if isinstance(given, list) else []
     hit = [name for name in modules if left.get(name) != "target_modules"]
-    lost = [(t, "target_modules") for t in listed if not _matching([re.escape(t)], hit, asked)]
+    known = Names(hit)
+    lost = [(t, "target_modules") for t in listed if not known.matching(re.escape(t), asked)]
     if isinstance(given, str) and not hit:
         lost = [(given, "target_modules")]
-    parameters = [name for name, kind in kinds.items() if kind == "parameter"]
+    parameters = Names(name for name, kind in kinds.items() if kind == "parameter")
     for target in lora.target_parameters:
-        if not _matching([re.escape(target)], parameters, asked):
+        if not parameters.matching(re.escape(target), asked):
             lost.append((target, "target_parameters"))
     for target, field in lost:
         near = ", ".join(f"'{name}'" for name in nearest(target, kinds)) or "none"
@@ -293,7 +297,7 @@ def _targets(lora: LoraFields) -> list[str]:
     """Return a pattern for each target; names that end in another target are left out."""
     given = lora.target_modules
     names = {*lora.target_parameters, *(given if isinstance(given, list) else ())}
-    shortest = [name for name in sorted(names) if not name.endswith(tuple(f".{n}" for n in names))]
+    shortest = [name for name in sorted(names) if names.isdisjoint([*ends(name)][1:])]
     patterns = [re.escape(name) for name in shortest]
     if isinstance(given, str):
         return [_ALL if given.lower() == _ALL else whole(given), *patterns]

@@ -1,8 +1,11 @@
 """Matching: which names a pattern means, which sites come of them, and the way out when none do."""
 
+import cProfile
 import re
+from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from helpers import states
@@ -335,6 +338,31 @@ NOTED = [
 def test_the_plan_notes_what_may_not_be_meant(layer, target, options, noted) -> None:
     notes = li.plan(nn.Sequential(layer), {"rank": 6, "targets": [target], **options}).notes
     assert any(noted in note for note in notes) if noted else not notes, notes
+
+
+# Configs with an entry for each layer
+
+EACH: dict[str, Callable[[list[str]], Any]] = {
+    "targets": lambda names: {"targets": [*map(re.escape, names)]},
+    "targets as they are": lambda names: {"targets": names},
+    "exclude": lambda names: {"targets": ["k"], "exclude": names},
+    "train": lambda names: {"targets": ["k"], "train": names},
+    "tokens": lambda names: {"targets": ["k"], "tokens": {name: [1] for name in names}},
+    "of PEFT": lambda names: peft.LoraConfig(target_modules=names),
+}
+
+
+@pytest.mark.parametrize("what", EACH)
+def test_a_plan_costs_each_entry_the_same_however_many_there_are(what: str) -> None:
+    counts = []
+    for n in (100, 400):
+        names = [f"layers.{i}.q" for i in range(n)]
+        make = (lambda: nn.Embedding(4, 4, device="meta")) if what == "tokens" else linear
+        model = tree({k: v for n in names for k, v in ((n, make()), (f"{n[:-1]}k", linear()))})
+        profile = cProfile.Profile()
+        profile.runcall(li.plan, model, EACH[what](names))
+        counts.append(sum(entry.callcount for entry in profile.getstats()))
+    assert counts[1] < 5 * counts[0]
 
 
 # Any model, any rules

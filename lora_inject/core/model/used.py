@@ -26,7 +26,7 @@ from lora_inject.core.roots.root import (
     root_of,
 )
 from lora_inject.core.spec.names import counted, quoted
-from lora_inject.core.spec.patterns import in_a_list, matching
+from lora_inject.core.spec.patterns import Names, in_a_list
 from lora_inject.errors import LayerError, StateError
 
 LOG = logging.getLogger("lora_inject")
@@ -147,8 +147,9 @@ def refuse_unused(
     """
     items = [*entries(survey, name)]
     names = [item.name for item in items]
+    known = Names(names)
     patterns = in_a_list(unused, f"{asked}, unused")
-    hits = (matching(pattern, names, asked=asked, error=StateError) for pattern in patterns)
+    hits = (known.matching(pattern, asked, StateError) for pattern in patterns)
     allowed = {each for matched in hits for each in matched}
     # One of several processes may hold the gradients of a part.
     shares = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -23,8 +23,9 @@ from pydantic import (
 )
 
 from lora_inject.core.spec.names import meant, show
-from lora_inject.core.spec.patterns import INDEX, checked_regex, layer_range
+from lora_inject.core.spec.patterns import INDEX, layer_range
 from lora_inject.core.spec.reading import Strict, YamlModel, written
+from lora_inject.core.spec.regexes import checked_regex
 from lora_inject.core.spec.sites import InitName
 from lora_inject.core.spec.tables import Shown
 from lora_inject.core.spec.variants import VARIANTS

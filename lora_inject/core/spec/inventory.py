@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import Literal, NamedTuple
 
 from lora_inject.core.spec.names import around, is_bias
+from lora_inject.core.spec.patterns import Layers, Names
 from lora_inject.core.spec.sites import Geometry
 
 LINEAR_KINDS = ("linear", "conv1d")
@@ -118,6 +119,35 @@ class Inventory:
         """Every name that a rule can match."""
         tables = (self.sites, self.weights, self.others, self.parameters, self.aliases)
         return dict.fromkeys(chain.from_iterable(tables))
+
+    @cached_property
+    def tables(self) -> frozenset[str]:
+        """The weights of embeddings and of the output head, by their keys in `parameters`."""
+        return frozenset(
+            self.listed.get(candidate.weight, candidate.weight)
+            for candidate in self.candidates
+            if candidate.kind == "embedding" or candidate.name in self.heads
+        )
+
+    @cached_property
+    def pool(self) -> Names:
+        """These, as patterns are asked of them."""
+        return Names(self.names)
+
+    @cached_property
+    def layers(self) -> Layers:
+        """Their layers."""
+        return Layers(self.names)
+
+    @cached_property
+    def known(self) -> Names:
+        """Every name, modules and containers included, as patterns are asked of them."""
+        return Names([*self.names, *self.modules])
+
+    def under(self, pattern: str, wanted: Container[str], asked: str) -> list[str]:
+        """Return what an entry means of some names: those that it ends, and what lies below."""
+        below = self.known.below(self.known.matching(pattern, asked))
+        return [name for name in below if name in wanted]
 
     @cached_property
     def listed(self) -> dict[str, str]:

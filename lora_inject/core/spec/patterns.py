@@ -7,125 +7,81 @@ what lies below.
 from __future__ import annotations
 
 import re
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
-import regex
-
-from lora_inject.core.spec.names import Below, around, first_number, nearest, show
+from lora_inject.core.spec.names import around, nearest, parent, show
+from lora_inject.core.spec.regexes import in_time
 from lora_inject.errors import LoraInjectError, MatchError, StateError, check_list, check_type
 
 INDEX = "(?:0|[1-9][0-9]{0,8})"  # no leading zeros: YAML reads 010 as 8, Python as 10
-NOT_A_REGEX = (re.error, regex.error, OverflowError, RecursionError)
-MATCH_SECONDS = 5.0
-"""For a pattern and all names; harmless ones take milliseconds."""
 
 
-def matching(
-    pattern: str,
-    names: Iterable[str],
-    *,
-    asked: str,
-    error: type[LoraInjectError] = MatchError,
-) -> list[str]:
-    r"""Return the names that a pattern matches: their ends, from the start or just after a dot.
-
-    `asked` is what messages call the pattern.
+class Names:
+    r"""Names of which many patterns are asked: what a plain one means is looked up.
 
     Examples:
-        >>> matching("q_proj", ["a.q_proj", "a.my_q_proj", "a.q_proj_norm"], asked="rule 1")
-        ['a.q_proj']
+        >>> names = Names(["a.q_proj", "a.my_q_proj", "a.q_proj.weight", "b.v_proj"])
+        >>> names.matching("q_proj", "rule 1"), names.matching(r"b\..*", "rule 2")
+        (['a.q_proj'], ['b.v_proj'])
+        >>> names.below(["a.q_proj"])
+        ['a.q_proj', 'a.q_proj.weight']
     """
-    if pattern.isidentifier():  # most are; a regex takes seven times as long for the same
-        tail = f".{pattern}"
-        return [name for name in names if name.endswith(tail) or name == pattern]
-    return in_time(pattern, list(names), asked, error)
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(dict.fromkeys(names))
+        # By a length, and where any character may be: ends of names, blanked there, to the names.
+        self._ends: dict[tuple[int, tuple[int, ...]], dict[str, list[str]]] = {}
+
+    def matching(
+        self, pattern: str, asked: str, error: type[LoraInjectError] = MatchError
+    ) -> list[str]:
+        """Return the names that a pattern matches; `asked` is what messages call it."""
+        if not _PLAIN.fullmatch(pattern):
+            return in_time(pattern, self._names, asked, error)
+        characters = [part.removeprefix("\\") or part for part in _PARTS.findall(pattern)]
+        wild = tuple(n for n, part in enumerate(_PARTS.findall(pattern)) if part == ".")
+        key = len(characters), wild
+        if key not in self._ends:
+            self._ends[key] = self._by_end(*key)
+        return self._ends[key].get(_blanked("".join(characters), wild), [])
+
+    def below(self, names: Iterable[str]) -> list[str]:
+        """Return these and all that lies below them."""
+        found: dict[str, None] = {}
+        ahead = list(names)[::-1]
+        while ahead:
+            if (name := ahead.pop()) not in found:
+                found[name] = None
+                ahead += reversed(self._inside.get(name, ()))
+        return list(found)
+
+    @cached_property
+    def _inside(self) -> dict[str, list[str]]:
+        inside: dict[str, list[str]] = {}
+        for name in filter(None, self._names):
+            inside.setdefault(parent(name), []).append(name)
+        return inside
+
+    def _by_end(self, length: int, wild: tuple[int, ...]) -> dict[str, list[str]]:
+        ends: dict[str, list[str]] = {}
+        for name in self._names:
+            if len(name) == length or name[-length - 1 : -length] == ".":
+                end = name[-length:]
+                if not any(end[n] == "\n" for n in wild):  # which `.` does not mean
+                    ends.setdefault(_blanked(end, wild), []).append(name)
+        return ends
 
 
-def in_time(
-    pattern: str,
-    names: Sequence[str],
-    asked: str,
-    error: type[LoraInjectError],
-    end: float | None = None,
-) -> list[str]:
-    """Return the names that any pattern matches, within a time limit.
-
-    A backtracking regex can take exponential time on a short name. `re` cannot be stopped, and is
-    ten times as fast as `regex`, which can: so `re` matches only what cannot repeat much, with a
-    look at the clock between names.
-
-    Args:
-        pattern: A regex for the ends of names.
-        names: The names.
-        asked: What messages call the pattern.
-        error: What is raised if it is no regex, or takes too long.
-        end: In seconds of this thread; by default MATCH_SECONDS from now.
-    """
-    end = time.thread_time() + MATCH_SECONDS if end is None else end
-    try:
-        match = _matcher(pattern, names, end)
-    except NOT_A_REGEX as problem:
-        raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
-    hits: list[str] = []
-    for start in range(0, len(names), _AT_ONCE):
-        some = names[start : start + _AT_ONCE]
-        try:
-            hits += filter(match, some)
-            late = time.thread_time() > end
-        except TimeoutError:
-            late = True
-        if late:
-            slow = f"it takes more than {MATCH_SECONDS:g} s to match, such as '{some[-1][:60]}'"
-            remedy = "Write it without repetition inside repetition, such as (a+)+"
-            raise error(asked, slow, remedy)
-    return hits
+_PLAIN = re.compile(r"(?:[\w-]|\\?\.|\\-)+")  # what means itself, and `.`
+_PARTS = re.compile(r"\\?.")
 
 
-_AT_ONCE = 16  # names between two looks at the clock
-_LONGEST = 200  # characters of a name that `re` gets
-
-
-def _matcher(pattern: str, names: Sequence[str], end: float) -> Callable[[str], object]:
-    """Return the function that matches a name: of `re` if it tries few ways, else of `regex`."""
-    whole = at_the_end(pattern)
-    # A group that is repeated, or means more than itself, may hold anything.
-    is_plain = not re.search(r"\(\?[^:]|\)\s*[*+{]", pattern)
-    # A repetition may end at each of some 64 places, an alternative may be either.
-    ways = 6 * len(re.findall(r"[*+{]", pattern)) + len(re.findall(r"[|?]", pattern))
-    if is_plain and ways <= 18 and max(map(len, names), default=0) <= _LONGEST:
-        return re.compile(whole).match
-    compiled = stoppable(whole)
-    # `timeout` counts other threads, too.
-    return lambda name: compiled.match(name, timeout=max(end - time.thread_time(), 1e-6))
-
-
-def stoppable(pattern: str) -> regex.Pattern[str]:
-    """Return a regex of Python's syntax that takes a `timeout`; raise `re.error`, `regex.error`."""
-    re.compile(pattern)
-    # To `re`, a brace that is not a count is text; to `regex`, it may ask for a fuzzy match.
-    brace = r"(?<!\\)((?:\\\\)*)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})"
-    return regex.compile(re.sub(brace, r"\1\\{", pattern))
-
-
-def under(
-    pattern: str,
-    names: Iterable[str],
-    known: Iterable[str],
-    *,
-    asked: str,
-    error: type[LoraInjectError] = MatchError,
-) -> list[str]:
-    """Return those of `names` that an entry means: what it ends of all `known`, and what is below.
-
-    Examples:
-        >>> under("mlp", ["mlp.up.weight", "norm.weight"], ["mlp", "mlp.up", "norm"], asked="train")
-        ['mlp.up.weight']
-    """
-    below = Below(matching(pattern, known, asked=asked, error=error))
-    return [name for name in names if name in below]
+def _blanked(text: str, wild: tuple[int, ...]) -> str:
+    """Return a text with dots where any character may be."""
+    for n in wild:
+        text = f"{text[:n]}.{text[n + 1 :]}"
+    return text
 
 
 def named(
@@ -136,14 +92,15 @@ def named(
 ) -> dict[str, None]:
     """Return the names that patterns match, directly or by a module around; each must match."""
     names = list(names)
-    chosen: dict[str, None] = {}
+    chosen: set[str] = set()
     modules = [*names, *around(names)]
+    known = Names(modules)
     for pattern in in_a_list(patterns, asked, error):
-        matched = under(pattern, names, modules, asked=f"{asked} {pattern!r}", error=error)
+        matched = known.matching(pattern, f"{asked} {pattern!r}", error)
         if not matched:
             close = ", ".join(map(repr, nearest(pattern, modules))) or "none"
             raise error(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
-        chosen |= dict.fromkeys(matched)
+        chosen.update(known.below(matched))
     return {name: None for name in names if name in chosen}
 
 
@@ -155,36 +112,6 @@ def in_a_list(
     for pattern in patterns:
         check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name", error)
         yield pattern
-
-
-def checked_regex(text: str) -> str:
-    """Return a regex for names; raise ValueError(found, remedy) where it is not one."""
-    try:
-        text.encode()  # half a surrogate pair is not text
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # "possible nested set" and the like mean a mistake
-            re.compile(text)
-    except (*NOT_A_REGEX, UnicodeError, Warning) as problem:
-        remedy = "Patterns are Python regexes; a literal dot is '\\.'"
-        raise ValueError(f"{show(text)} is not a regex: {problem}", remedy) from None
-    return text
-
-
-@lru_cache(maxsize=1024)
-def at_the_end(pattern: str) -> str:
-    """Return a regex for whole names from one for their ends.
-
-    Everything inside the pattern keeps its meaning: alternations, a leading `^` (the name's start),
-    inline flags, verbose mode, group numbers and names.
-    """
-    verbose = bool(re.compile(pattern).flags & re.VERBOSE)
-    # Global inline flags may only stand first.
-    space = r"\s*" if verbose else ""
-    flags = re.match(rf"(?:\(\?[aiLmsux]+\){space})*", pattern)
-    body = pattern[flags.end() :] if flags else pattern
-    # In verbose mode the line break ends a comment that would swallow the bracket.
-    close = "\n)" if verbose else ")"
-    return rf"{flags[0] if flags else ''}(?s:.*\.|)(?:{body}{close}\Z"
 
 
 # ------------------------------------------------------------------------------------------ layers
@@ -199,30 +126,35 @@ def layer_range(value: object) -> str:
     return match[0]
 
 
-def in_layers(
-    layers: Sequence[str], names: Sequence[str], label: str, every: Iterable[str]
-) -> list[str]:
-    """Return the names in these layers; raise if there are none, or for layers that do not exist.
+class Layers:
+    """The layers of names: by the first number among their segments, in the list that it counts."""
 
-    `every` has all names of the model: what one rule matches need not be in each of its layers.
-    """
-    ends = {text: [int(end) for end in text.split("-")] for text in layers}
-    spans = {text: range(end[0], end[-1] + 1) for text, end in ends.items()}
-    kept = [name for name in names if any(first_number(name) in span for span in spans.values())]
-    lists = {_list_of(name) for name in names}
-    there = {
-        n for name in every if (n := first_number(name)) is not None and _list_of(name) in lists
-    }
-    missing = [text for text, span in spans.items() if not (kept and there.issuperset(span))]
-    if not missing:
-        return kept
-    problem = f"it does not find all of layers {', '.join(missing)}"
-    if not there:
-        raise MatchError(label, problem, "Remove layers; no name that it matches has one")
-    raise MatchError(label, problem, f"Its layers are {min(there)} to {max(there)}")
+    def __init__(self, names: Iterable[str]) -> None:
+        self._of: dict[str, tuple[str, int]] = {}
+        self._there: dict[str, set[int]] = {}
+        for name in names:
+            before: list[str] = []
+            for segment in name.split("."):
+                if segment.isdecimal():
+                    self._of[name] = ".".join(before), int(segment)
+                    self._there.setdefault(*self._of[name][:1], set()).add(int(segment))
+                    break
+                before.append(segment)
 
+    def only(self, layers: Sequence[str], names: Sequence[str], label: str) -> list[str]:
+        """Return the names in these layers; raise if there are none, or for layers that are not.
 
-def _list_of(name: str) -> str | None:
-    """Return the list of modules that the first number in a name counts."""
-    match = re.match(r"(.*?)(?:^|\.)[0-9]+(?:\.|$)", name)
-    return None if match is None else match[1]
+        What one rule matches need not be in each layer of the model.
+        """
+        ends = {text: [int(end) for end in text.split("-")] for text in layers}
+        spans = {text: range(end[0], end[-1] + 1) for text, end in ends.items()}
+        counted = [(name, self._of[name]) for name in names if name in self._of]
+        kept = [name for name, (_, n) in counted if any(n in span for span in spans.values())]
+        there = set[int]().union(*(self._there[of] for of in {of for _, (of, _) in counted}))
+        missing = [text for text, span in spans.items() if not (kept and there.issuperset(span))]
+        if not missing:
+            return kept
+        problem = f"it does not find all of layers {', '.join(missing)}"
+        if not there:
+            raise MatchError(label, problem, "Remove layers; no name that it matches has one")
+        raise MatchError(label, problem, f"Its layers are {min(there)} to {max(there)}")

@@ -41,7 +41,7 @@ from lora_inject.core.spec.names import (
     quoted,
     templates,
 )
-from lora_inject.core.spec.patterns import in_layers, matching, under
+from lora_inject.core.spec.patterns import Names
 from lora_inject.core.spec.plan import Plan, Skipped, Trained
 from lora_inject.core.spec.plan_notes import with_notes
 from lora_inject.core.spec.sites import SiteSpec
@@ -150,12 +150,12 @@ def _names(rule: Rule, label: str, config: Config, inventory: Inventory) -> list
     if rule.match in WORDS:
         names = _by_word(rule.match, config, inventory, label)
     else:
-        names = matching(rule.match, inventory.names, asked=label)
+        names = inventory.pool.matching(rule.match, label)
         if not names:
             raise _no_match(inventory, label, rule.match, inventory.sites, inventory.names)
     if rule.layers is None:
         return names
-    return in_layers(rule.layers, names, label, inventory.names)
+    return inventory.layers.only(rule.layers, names, label)
 
 
 def _by_word(word: str, config: Config, inventory: Inventory, label: str) -> list[str]:
@@ -253,14 +253,13 @@ def _site(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
     return site
 
 
-def _named(pattern: str, label: str, names: Iterable[str], inventory: Inventory) -> list[str]:
+def _named(pattern: str, label: str, names: Collection[str], inventory: Inventory) -> list[str]:
     """Return the names that an entry means: those that it ends, and what lies below."""
-    known = dict.fromkeys([*names, *inventory.modules])
-    if hits := under(pattern, names, known, asked=label):
+    if hits := inventory.under(pattern, names, label):
         return hits
-    if some := quoted(matching(pattern, known, asked=label)[:3]):
+    if some := quoted(inventory.known.matching(pattern, label)[:3]):
         raise MatchError(label, f"matches {some}, with no parameters", "Name what has parameters")
-    raise _no_match(inventory, label, pattern, known)
+    raise _no_match(inventory, label, pattern, dict.fromkeys([*names, *inventory.modules]))
 
 
 def _no_match(
@@ -270,7 +269,7 @@ def _no_match(
 
     Suggestions come from the first pool of names that has one; the last pool holds all.
     """
-    if buffers := matching(pattern, inventory.buffers, asked=asked):
+    if buffers := Names(inventory.buffers).matching(pattern, asked):
         problem = f"matches only buffers: {quoted(buffers[:3])}"
         return MatchError(asked, problem, "Name a module or a parameter; buffers do not train")
     problem = f"matched none of {len(pools[-1]):,} names"
@@ -353,18 +352,15 @@ def _check_not_both(
 
 def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory) -> list[str]:
     """Return the embeddings and heads that a tokens entry means, which must have these rows."""
-    shapes, candidates = inventory.parameters, inventory.candidates
-    known = {
-        inventory.listed.get(candidate.weight, candidate.weight)
-        for candidate in candidates
-        if candidate.kind == "embedding" or candidate.name in inventory.heads
-    }
-    tables = [name for name in _listed(pattern, label, inventory) if name in known]
+    shapes = inventory.parameters
+    tables = [name for name in _listed(pattern, label, inventory) if name in inventory.tables]
     remedy = "Name an embedding; train: takes other parameters, in full"
-    numbers = {**inventory.weights, **inventory.sites}
-    for name in matching(pattern, numbers, asked=label):
-        found = candidates[numbers[name]]
-        if inventory.listed.get(found.weight, found.weight) not in known:
+    for name in inventory.pool.matching(pattern, label):
+        number = inventory.sites.get(name, inventory.weights.get(name))
+        if number is None:
+            continue
+        found = inventory.candidates[number]
+        if inventory.listed.get(found.weight, found.weight) not in inventory.tables:
             raise MatchError(label, f"'{name}' is no embedding, but of kind {found.kind}", remedy)
     if not tables:
         raise MatchError(label, "it names no embedding", remedy)

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lora_inject.core.adapter.file_keys import one_line
 from lora_inject.core.spec.names import around
-from lora_inject.core.spec.patterns import checked_regex
+from lora_inject.core.spec.regexes import checked_regex
 from lora_inject.errors import FormatError, LoraInjectError, within
 from lora_inject.formats.peft.name_patterns import ends, matching_in_time, values_of
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
-from lora_inject.core.spec.patterns import MATCH_SECONDS, in_time
+from lora_inject.core.spec.regexes import MATCH_SECONDS, in_time
 from lora_inject.errors import FormatError
 
 T = TypeVar("T")
