@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, refusal
+from helpers.recomputing import RECOMPUTE, Foreign
 from helpers.reference import gpt2_of_two_layers
 from helpers.refusals import refused
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointError,
+    CheckpointFunction,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -155,3 +157,212 @@ def test_a_change_before_the_backward_is_refused_there(
     CHANGES[change](model, li.adapter_state(other))
     with pytest.raises((li.StateError, CheckpointError)):
         loss.backward()
+
+
+# ------------------------------------------------------- checkpoints that are none of torch's
+
+
+def of_two_adapters() -> Any:
+    model = Two().double()
+    for name in ("a", "b"):
+        fill(li.inject(model, {"rank": 2, "targets": ["up", "down"]}, name), name)
+    li.activate(model, "a")
+    li.train_only(model, ["a", "b"])
+    return model
+
+
+def gradients(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the input and of both adapters, zeros where there is none; they are cleared."""
+    named = {"x": x}
+    for name in ("a", "b"):
+        named |= {f"{name} {k}": p for k, p in li.adapter_parameters(model, name).items()}
+    found = {}
+    for name, p in named.items():
+        found[name] = torch.zeros_like(p) if p.grad is None else p.grad
+        p.grad = None
+    return found
+
+
+def in_turn(model: Any, x: torch.Tensor, forward: Any, run: Any) -> torch.Tensor:
+    """A forward of both adapters' rows."""
+    with li.routed(model, ["a", "b", None]):
+        y: torch.Tensor = forward(run, x)
+    return y
+
+
+def then_another(model: Any, x: torch.Tensor, forward: Any, run: Any) -> torch.Tensor:
+    y: torch.Tensor = forward(run, x)
+    li.activate(model, "b")
+    return y
+
+
+def not_adapted(model: Any, x: torch.Tensor, forward: Any, run: Any) -> torch.Tensor:
+    with li.disabled(model):
+        y: torch.Tensor = forward(run, x)
+    return y
+
+
+def both(model: Any, x: torch.Tensor, forward: Any, run: Any) -> torch.Tensor:
+    y: torch.Tensor = forward(run, x)
+    with li.routed(model, ["b", "b", "b"]):
+        return y + forward(run, x)
+
+
+def swapped(model: Any, x: torch.Tensor, forward: Any, run: Any) -> torch.Tensor:
+    y: torch.Tensor = forward(run, x)
+    other = {"rank": 2, "targets": ["up", "down"]}
+    li.swap_adapter(model, li.adapter_state(fill(li.inject(Two().double(), other))), "a")
+    return y
+
+
+CHANGED = {"routed": in_turn, "activated": then_another, "disabled": not_adapted, "both": both}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+@pytest.mark.parametrize("how", ["torch's", "torch's, reentrant"])
+def test_a_recomputation_of_torchs_trains_what_took_part_in_its_forward(
+    how: str, changed: str
+) -> None:
+    model = of_two_adapters()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for forward in (lambda run, x: run(x), RECOMPUTE[how]):
+        li.activate(model, "a")
+        CHANGED[changed](model, x, forward, model).square().sum().backward()
+        found.append(gradients(model, x))
+    assert all(error_of(found[1][name], t) < 1e-12 for name, t in found[0].items())
+
+
+FOREIGN = [("a Function", changed) for changed in [*CHANGED, "swapped"]]
+FOREIGN += [("hooks", changed) for changed in CHANGED if changed != "activated"]
+
+
+@pytest.mark.parametrize(("how", "changed"), FOREIGN)
+def test_another_recomputation_is_refused_where_something_else_takes_part_by_then(
+    how: str, changed: str
+) -> None:
+    """It trained other adapters than its forward had used, without an error."""
+    model = of_two_adapters()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    loss = (CHANGED | {"swapped": swapped})[changed](model, x, RECOMPUTE[how], model).square().sum()
+    with pytest.raises(li.StateError, match=r"swap_adapter|torch\.utils\.checkpoint"):
+        loss.backward()
+    RECOMPUTE["a Function"](model, x).sum().backward()  # the next step has nothing of this one
+
+
+@pytest.mark.parametrize("changed", ["routed", "disabled", "both"])
+def test_another_recomputation_of_compiled_layers_is_refused(changed: str) -> None:
+    model = of_two_adapters()
+    for layer in (model.up, model.down):
+        layer.compile(backend="eager")
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    loss = CHANGED[changed](model, x, RECOMPUTE["a Function"], model).square().sum()
+    with pytest.raises(Exception, match=r"torch\.utils\.checkpoint"):  # in dynamo's own class
+        loss.backward()
+
+
+def error_of(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max() / (wanted.abs().max() + 1))
+
+
+def evaluated(model: Any, x: torch.Tensor) -> None:
+    """What steps of DPO and evaluations do between a forward and its backward."""
+    with torch.no_grad(), li.disabled(model):
+        model(x)
+        Foreign.apply(model, x)
+    with li.disabled(model), torch.no_grad():
+        model(x)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("how", RECOMPUTE)
+def test_a_recomputation_under_the_selection_of_its_forward_is_right(
+    how: str, inside: bool
+) -> None:
+    model = of_two_adapters()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    due = []
+    for forward in (lambda run, x: run(x), RECOMPUTE[how]):
+        for step in range(2):
+            li.activate(model, "ab"[step])
+            with li.routed(model, ["a", "b", "a"]) if inside else nullcontext():
+                y = forward(model, x)
+                if not inside and how != "hooks":
+                    evaluated(model, x.detach())
+                y.square().sum().backward()
+            due.append(gradients(model, x))
+    for one, other in zip(due[:2], due[2:], strict=True):
+        assert all(error_of(other[name], t) < 1e-12 for name, t in one.items())
+
+
+def test_a_class_derived_from_torchs_checkpoint_is_run_as_itself() -> None:
+    """Its own forward was left out while anything had adapters."""
+
+    class Mine(CheckpointFunction):
+        ran = 0
+
+        @staticmethod
+        def forward(ctx: Any, run: Any, preserve: bool, *args: Any) -> Any:
+            Mine.ran += 1
+            return CheckpointFunction.forward(ctx, run, preserve, *args)
+
+    model = of_two_adapters()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    with li.routed(model, ["a", "b", None]):
+        y = Mine.apply(model, True, x)
+    assert Mine.ran == 1
+    with pytest.raises(li.StateError, match=r"torch\.utils\.checkpoint"):
+        y.sum().backward()
+
+
+def hooks_that_run_modules(model: Any, x: torch.Tensor) -> None:
+    """Without gradients, as in each backward; with them where nothing may be taken for another."""
+    seen = []
+    y = model(x)
+    y.register_hook(lambda g: seen.append(model(x.detach())))
+    y.sum().backward()
+    assert error(seen[0], y) < 1e-12
+    x.grad = None
+
+
+def penalty(model: Any, x: torch.Tensor) -> None:
+    """A gradient is differentiated, which runs no forward again."""
+    y = model(x)
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    y.register_hook(lambda g: g + 0 * model(x.detach()))
+    (y.sum() + g.square().sum()).backward()
+    x.grad = None
+
+
+class Calling(nn.Module):
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+
+def nested(model: Any, x: torch.Tensor) -> None:
+    """Torch's own checkpoints, one in the other."""
+    for reentrant in (True, False):
+        inner = partial(checkpoint, model.up, use_reentrant=not reentrant)
+        both = nn.Sequential(Calling(inner), model.down)
+        y = checkpoint(both, x, use_reentrant=reentrant)
+        with torch.no_grad(), li.disabled(model):
+            model(x)
+        y.sum().backward()
+        x.grad = None
+
+
+@pytest.mark.parametrize("use", [hooks_that_run_modules, penalty, nested])
+def test_what_runs_no_other_recomputation_is_not_refused(use: Any) -> None:
+    model = of_two_adapters()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    for around in (nullcontext(), li.routed(model, ["a", None, "b"]), li.disabled(model)):
+        with around:
+            use(model, x)
+    use(model, x)
+    with torch.enable_grad(), li.disabled(model):
+        Foreign.apply(model, x)  # of which no backward follows
+    use(model, x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot, through_torch_save
 from helpers.forks import Forks
+from helpers.recomputing import RECOMPUTE
 from helpers.reference import EXACT, config, hold, random, saved, with_deltas
 from helpers.refusals import refused
 from torch import Tensor, nn
@@ -22,12 +23,15 @@ class Dense(nn.Module):
 
     def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
+        self.recompute: Any = None
         self.kernel = nn.Parameter(torch.randn(N_IN, N_OUT))
         self.offset = nn.Parameter(torch.randn(N_OUT))
         self.gain = gain
 
     def forward(self, x: Tensor, residual: Tensor | float = 0.0) -> Tensor:
-        return self.gain * (x @ self.kernel) + self.offset + residual
+        part = lambda x: self.gain * (x @ self.kernel)  # noqa: E731
+        y = part(x) if self.recompute is None else self.recompute(part, x)
+        return y + self.offset + residual
 
 
 class Squared(nn.Module):
@@ -35,10 +39,12 @@ class Squared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.recompute: Any = None
         self.table = nn.Parameter(torch.randn(N_OUT, N_IN))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.table * self.table.abs()).t()
+        part = lambda x: x @ (self.table * self.table.abs()).t()  # noqa: E731
+        return part(x) if self.recompute is None else self.recompute(part, x)
 
 
 class LoRADense(li.extending.LoRALinear):
@@ -116,6 +122,29 @@ def test_a_foreign_kind_that_adds_to_the_output_is_routed_and_takes_its_input_by
         rows = model(x)
     assert error(rows[::2], wide(x)[::2]) < EXACT
     assert error(rows[1::2], plain(x)[1::2]) < EXACT
+
+
+@pytest.mark.parametrize("how", [how for how in RECOMPUTE if how != "hooks"])
+@pytest.mark.parametrize("row", ROWS)
+def test_a_layer_that_checkpoints_its_own_product_trains_right_or_is_refused(
+    row: str, how: str
+) -> None:
+    """The update was added twice: once by the recomputation's read, once to the output."""
+    model: Any = fill(li.inject(build(row), config("0"))).train()
+    x = random(3, N_IN).requires_grad_()
+    leaves = [x, *li.adapter_parameters(model).values()]
+    wanted = torch.autograd.grad(model(x).square().sum(), leaves)
+    RECOMPUTE[how](model, x).square().sum().backward()  # the whole layer
+    assert all(error(t.grad, due) < EXACT for t, due in zip(leaves, wanted, strict=True))
+    for leaf in leaves:
+        leaf.grad = None
+    model[0].recompute = RECOMPUTE[how]
+    if row == "adds" and how == "a Function":
+        with refused(li.LayerError, "Dense", "torch.utils.checkpoint"):
+            model(x)
+        return
+    model(x).square().sum().backward()
+    assert all(error(t.grad, due) < EXACT for t, due in zip(leaves, wanted, strict=True))
 
 
 def load_where_it_is_not_registered(plain: nn.Module, path: Path, kind: str) -> None:

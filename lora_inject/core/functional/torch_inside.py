@@ -73,6 +73,12 @@ def forget_graphs() -> None:
 # ------------------------------------------------------------------------------------ backwards
 
 
+# Only inside the forward of an autograd Function, which a backward may run again, torch turns
+# forward-mode AD off, and in inference mode. As functions of C these are asked in each forward.
+differentiates_forward = torch._C._is_fwd_grad_enabled
+in_inference = torch.is_inference_mode_enabled
+
+
 _top_hooks = look_up("torch._C._autograd._top_saved_tensors_default_hooks")  # from torch 2.8 on
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 
 from lora_inject.core.functional.patches import patch
+from lora_inject.core.layers.reading import OWN
 from lora_inject.core.layers.selection import (
     SELECTIONS,
     Mix,
@@ -54,21 +55,26 @@ class Recomputed:
         self._function = function
         self._first = first
         self._asked = _Asked()
-        self._then = {s: (s.here(), s.versions, s.merged) for s in alive(SELECTIONS)}
+        self._adds = OWN.adds
+        self._then = {selection: selection.taken() for selection in alive(SELECTIONS)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function, again but for the first time."""
         if self._first:
             self._first = False
             return self._run_first(*args, **kwargs)
-        with in_context(self._changed()):
-            return self._function(*args, **kwargs)
+        before, OWN.adds = OWN.adds, self._adds
+        try:
+            with in_context(self._changed(), recomputes=True):
+                return self._function(*args, **kwargs)
+        finally:
+            OWN.adds = before
 
     def _run_first(self, *args: Any, **kwargs: Any) -> Any:
         live = any(isinstance(t, Tensor) and t.requires_grad for t in args)
         around, _in_vain.now = getattr(_in_vain, "now", False), not live
         try:
-            with in_context(self._asked):
+            with in_context(self._asked, recomputes=True):
                 return self._function(*args, **kwargs)
         finally:
             _in_vain.now = around
@@ -90,15 +96,9 @@ class Recomputed:
         """Return who took part of a selection; where that is gone, what raises if a layer asks."""
         if selection not in self._then:
             return Mix()
-        selected, versions, merged = self._then[selection]
-        if merged != selection.merged:
-            return _Gone("the model was merged or unmerged", "merge() or unmerge()")
-        for name in selected.names:
-            if name not in selection.versions:
-                return _Gone(f"adapter {name!r} was ejected", "eject()")
-            if selection.versions[name] != versions.get(name):
-                return _Gone(f"adapter {name!r} got other values", "swap_adapter()")
-        return selected
+        taken = self._then[selection]
+        gone = taken.gone(selection)
+        return taken.selected if gone is None else _Gone(*gone)
 
 
 class _Gone(Selected):
@@ -136,12 +136,13 @@ def _noting_frame(begin: Callable[..., None]) -> Callable[..., None]:
 
 
 def _noting_call(apply: Callable[..., Any]) -> Any:
-    """Return what runs a reentrant checkpoint."""
+    """Return what runs a reentrant checkpoint; a class derived from torch's is one of its own."""
 
-    def applying(run_function: Callable[..., Any], *args: Any) -> Any:
-        return apply(Recomputed(run_function, first=True), *args)
+    def applying(cls: type, run_function: Callable[..., Any], *args: Any) -> Any:
+        noted = Recomputed(run_function, first=True) if cls is CheckpointFunction else run_function
+        return apply.__func__(cls, noted, *args)  # type: ignore[attr-defined]
 
-    return staticmethod(applying)
+    return classmethod(applying)
 
 
 patch(_CheckpointFrame, "__init__", _noting_frame)

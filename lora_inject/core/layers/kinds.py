@@ -29,6 +29,7 @@ from lora_inject.core.functional.factors import Update
 from lora_inject.core.functional.gain import Gains, gained, gains_of
 from lora_inject.core.functional.linear import frozen_output, gained_linear, linear
 from lora_inject.core.functional.plain_operations import add_updates, embedding
+from lora_inject.core.functional.torch_inside import differentiates_forward
 from lora_inject.core.layers.adapted import (
     Adapted,
     WeightUpdate,
@@ -285,10 +286,12 @@ class LoRALinear(ForwardUpdate):
             y = frozen_output(x, weight, bias, self.transposed)
         else:
             before, OWN.adds = OWN.adds, self._lora
+            around, compiling = OWN.in_function, torch.compiler.is_compiling()
+            OWN.in_function = not (compiling or differentiates_forward())
             try:
                 y = self._lora_plain.forward(self, *args, **kwargs)
             finally:
-                OWN.adds = before
+                OWN.adds, OWN.in_function = before, around
         if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
             self._lora_refuse_dead()
         return y

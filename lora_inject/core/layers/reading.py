@@ -49,12 +49,14 @@ class OwnCode(threading.local):
 
     Attributes:
         adds: The `Attached` of the layer whose forward an update is added to, or None.
+        in_function: Whether that forward began inside the forward of an autograd Function.
         keeps: That of a layer whose code keeps or writes the parameters themselves.
         replaces: Whether that code may put others in their place, as `load_state_dict` does.
         nested: Whether it computes a nested batch.
     """
 
     adds: Attached | None = None
+    in_function = False
     keeps: Attached | None = None
     replaces = False
     nested = False
@@ -88,6 +90,13 @@ def read_attribute(layer: Carrier, param: str) -> Any:
     if attached is None or OWN.keeps is attached:  # without one the class is next to change
         return raw
     adds = OWN.adds is attached
+    if adds and not OWN.in_function and attached.selection.may_run_again():
+        raise LayerError(
+            f"a forward of a {type(layer).__name__} with an adapter",
+            f"it reads {param!r} inside an autograd Function, whose backward would read it again "
+            "and find the update in it, which is added to the output as well",
+            "Use torch.utils.checkpoint there, or read the parameter before and hand it over",
+        )
     entries: Mapping[str, Entry] = attached.reads.get(param, {})
     if not adds and attached.forward and param == layer.weight_name:
         entries = {**attached.forward, **entries}

@@ -16,7 +16,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -24,7 +24,12 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from lora_inject.core.functional.patches import hold
-from lora_inject.core.functional.torch_inside import constant_in_graphs, in_backward
+from lora_inject.core.functional.torch_inside import (
+    constant_in_graphs,
+    differentiates_forward,
+    in_backward,
+    in_inference,
+)
 from lora_inject.errors import StateError
 
 T = TypeVar("T")
@@ -98,6 +103,36 @@ class Mix(Selected):
         return Mix, (self.names,)  # without what graphs read
 
 
+class Taken(NamedTuple):
+    """Who took part in a forward, with what values, for when a backward runs it again.
+
+    Attributes:
+        selected: Who took part.
+        versions: The versions of all adapters then.
+        merged: What the weights held.
+    """
+
+    selected: Selected
+    versions: Mapping[str, int]
+    merged: Mapping[str, float]
+
+    def gone(self, now: Selection) -> tuple[str, str] | None:
+        """Return what has changed since, and by which verb; None if nothing has."""
+        if self.merged != now.merged:
+            return "the model was merged or unmerged", "merge() or unmerge()"
+        for name in self.selected.names:
+            if name not in now.versions:
+                return f"adapter {name!r} was ejected", "eject()"
+            if now.versions[name] != self.versions.get(name):
+                return f"adapter {name!r} got other values", "swap_adapter()"
+        return None
+
+    def is_still(self, selected: Selected) -> bool:
+        """Return whether others that take part now are the same."""
+        alike = type(selected) is type(self.selected) is Mix
+        return selected is self.selected or (alike and selected.names == self.selected.names)
+
+
 SELECTIONS: WeakSet[Selection] = WeakSet()
 """Every selection of the process."""
 
@@ -123,6 +158,7 @@ class Selection:
         waits: Whether a coroutine holds one of them.
         in_thread: The same for compiled forwards, as dynamo reads no context variable.
         into_graphs: Gives a `Selected` the form that compiled graphs read; None before the first.
+        recomputed: What is known of functions that a backward may run again.
         loading: What is known of the last `load_state_dict`; see `layers.state_dict`.
         n_made: How many there have been: a copied layer has one of its own.
     """
@@ -138,6 +174,7 @@ class Selection:
         self.waits = False
         self.into_graphs: Callable[[Selected, Iterable[torch.device]], None] | None = None
         self.in_thread = threading.local()  # no subclass with a default: dynamo would keep that
+        self.recomputed = Recomputations()
         self.loading: Any = None
         SELECTIONS.add(self)
         hold(self)
@@ -149,10 +186,22 @@ class Selection:
         """Return who takes part in the running forward."""
         if is_compiling():  # dynamo may compile this function alone
             return self._in_graph()
+        selected, known, by = self.setting, False, None
         for context in reversed(ENTERED.get()):
+            known = known or context.recomputes
             if self in context.selected:
-                return context.in_force(self)
-        return self.setting
+                selected, by = context.in_force(self), context
+                break
+        plainly = differentiates_forward() or in_inference()  # no Function's forward runs
+        if not (known or (plainly and not self.recomputed.possible)):
+            self.recomputed.check(self, selected, by)
+        return selected
+
+    def may_run_again(self) -> bool:
+        """Return whether a Function's forward runs, which no checkpoint of torch runs again."""
+        if is_compiling() or differentiates_forward() or in_inference():
+            return False
+        return not any(context.recomputes for context in ENTERED.get())
 
     def here(self) -> Selected:
         """Return who takes part where the caller is, for a checkpoint that begins there."""
@@ -169,9 +218,14 @@ class Selection:
                 "forward it is. Enter the context in a plain function instead."
             )
         follow_into_graphs()
+        recomputation_is_known()
         here: Selected | None = getattr(self.in_thread, "selected", None)
         in_graph: Selected = (self.setting if here is None else here).in_graph
         return in_graph
+
+    def taken(self) -> Taken:
+        """Return who takes part where the caller is, for what may run again."""
+        return Taken(self.here(), self.versions, self.merged)
 
     def replace(self, setting: Selected, *, merged: Mapping[str, float] | None = None) -> None:
         """Change the setting of the model, and what its weights hold."""
@@ -240,6 +294,102 @@ def follow_into_graphs() -> bool:
     return True
 
 
+@constant_in_graphs
+def recomputation_is_known() -> bool:
+    """Raise where a backward traces a graph that it may run under another selection."""
+    known = any(context.recomputes for context in ENTERED.get())
+    for selection in [] if known else alive(SELECTIONS):
+        selection.recomputed.check(selection, selection.here(), traced=True)
+    return True
+
+
+# --------------------------------------------------------------------- functions that run again
+
+
+class Recomputations:
+    """What is known of functions that a backward may run again, beside torch's own checkpoints.
+
+    Torch's checkpoints note who takes part when they begin (`checkpointing`). Of any other all that
+    can be seen is this:
+
+    1. A forward inside the forward of an autograd Function will run again in its backward. Who
+       takes part in it is noted, and has to be who takes part then.
+    2. Of a checkpoint by hooks nothing is seen. So a forward with gradients inside a backward is
+       refused where nothing was noted and a context of the selection was entered with gradients.
+
+    What ran in a context that was entered without gradients does not run again: a reference model's
+    forward. A hook that runs a module in a backward does it without gradients, unless it asks for
+    them.
+
+    Attributes:
+        possible: Whether a forward in a backward may be of others than took part before.
+        noted: Who took part in forwards inside Functions, since a backward ran one of them again.
+        in_context: Whether a context was entered with gradients.
+        ended: Whether a backward has run one of them again, so that the next begins anew.
+    """
+
+    def __init__(self) -> None:
+        self.noted: list[Taken] = []
+        self.possible = self.in_context = self.ended = False
+
+    def entered(self) -> None:
+        """Note that a context is entered with gradients."""
+        self.possible = self.in_context = True
+
+    def check(
+        self,
+        selection: Selection,
+        selected: Selected,
+        by: Context | None = None,
+        *,
+        traced: bool = False,
+    ) -> None:
+        """Note a forward that may run again, and raise for one that does.
+
+        Args:
+            selection: The selection.
+            selected: Who takes part.
+            by: The context that says so.
+            traced: Whether a graph is traced, which will not ask again.
+
+        Raises:
+            StateError: Others took part in the forward that a backward runs again.
+        """
+        if in_backward():
+            if torch.is_grad_enabled():
+                self._check_again(selection, selected, by)
+        elif traced or (by is not None and not by.with_gradients):
+            return
+        elif not (differentiates_forward() or in_inference()):
+            if self.ended:
+                self.noted, self.ended = [], False
+            taken = Taken(selected, selection.versions, selection.merged)
+            if taken not in self.noted:
+                self.noted.append(taken)
+            self.possible = True
+
+    def _check_again(self, selection: Selection, selected: Selected, by: Context | None) -> None:
+        self.ended = True
+        asked = "a forward inside a backward"
+        for taken in self.noted:
+            if (gone := taken.gone(selection)) is not None:
+                problem = f"{gone[0]} since its first run"
+                raise StateError(asked, problem, f"Run the backward before {gone[1]}")
+        if self.in_context and not self.noted and by is None:
+            problem = "no checkpoint of torch's runs it, and a context was entered with gradients"
+        elif all(taken.is_still(selected) for taken in self.noted):
+            return
+        else:
+            problem = "no checkpoint of torch's runs it, and others took part in its first run"
+        raise StateError(
+            asked,
+            f"{problem}: which adapters it is to train cannot be told",
+            "Use torch.utils.checkpoint, or run the backward before routed(), disabled() or "
+            "activate() change who takes part; enter a context for what is not trained within "
+            "torch.no_grad()",
+        )
+
+
 # ------------------------------------------------------------------------- whose context it is
 
 # A context variable keeps threads and tasks apart; a thread or task sees the contexts that it
@@ -253,23 +403,34 @@ def follow_into_graphs() -> bool:
 
 
 class Context:
-    """One entered `routed` or `disabled`, or one recomputation of a checkpointed function.
+    """One entered `routed` or `disabled`, or one run of a checkpointed function.
 
     Args:
         selected: Who takes part inside, of each selection.
         waits: Whether a coroutine holds it, which others may interrupt.
+        recomputes: Whether it is a run of a checkpointed function.
     """
 
-    def __init__(self, selected: Mapping[Selection, Selected], *, waits: bool = False) -> None:
+    def __init__(
+        self,
+        selected: Mapping[Selection, Selected],
+        *,
+        waits: bool = False,
+        recomputes: bool = False,
+    ) -> None:
         self.selected = selected
         self.waits = waits
+        self.recomputes = recomputes
         self.left = False
+        self.with_gradients = torch.is_grad_enabled()
 
     def enter(self) -> None:
         """Make the context the caller's innermost."""
         for selection, selected in self.selected.items():
             selection.follow(selected)
             selection.contexts.add(self)
+            if self.with_gradients and not self.recomputes:
+                selection.recomputed.entered()
         ENTERED.set((*ENTERED.get(), self))
         self._tell()
 
@@ -324,9 +485,11 @@ class Context:
 
 
 @contextlib.contextmanager
-def in_context(selected: Mapping[Selection, Selected], *, waits: bool = False) -> Iterator[None]:
+def in_context(
+    selected: Mapping[Selection, Selected], *, waits: bool = False, recomputes: bool = False
+) -> Iterator[None]:
     """Run the body in a new context."""
-    context = Context(selected, waits=waits)
+    context = Context(selected, waits=waits, recomputes=recomputes)
     try:
         try:
             context.enter()
