@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,18 +90,34 @@ def stream(shard: OutputShard, plan: MergePlan) -> Iterator[tuple[Iterator[Piece
     The reports are filled in with the last piece. Threads stop when the block is left, at a failure
     or by Ctrl-C too.
     """
-    before, n_threads = torch.get_num_threads(), plan.options.n_threads
-    torch.set_num_threads(1)  # each on one core: several share the work, and sums keep their order
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="merge")
-    reports: Reports = {}
+    n_threads, reports = plan.options.n_threads, Reports()
+    with _on_one_core_each(), _open_sources(shard, plan.base) as sources:
+        pool = ThreadPoolExecutor(n_threads, thread_name_prefix="merge")
+        try:
+            yield _pieces(shard, sources, pool, BLOCKS_AHEAD * n_threads, reports), reports
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_SHARED = threading.Lock()
+_N_THREADS: list[int] = []  # of torch, as each stream that is open now found them
+
+
+@contextlib.contextmanager
+def _on_one_core_each() -> Iterator[None]:
+    """Let each thread compute on one core: several share the work, and sums keep their order.
+
+    torch's number of threads is the process's, and others compute on one core meanwhile, too. Of
+    several merges at once the first knows what it was.
+    """
+    with _SHARED:
+        _N_THREADS.append(_N_THREADS[0] if _N_THREADS else torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
-        with _open_sources(shard, plan.base) as sources:
-            try:
-                yield _pieces(shard, sources, pool, BLOCKS_AHEAD * n_threads, reports), reports
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        yield
     finally:
-        torch.set_num_threads(before)
+        with _SHARED:
+            torch.set_num_threads(_N_THREADS.pop())
 
 
 def _pieces(
@@ -114,7 +131,7 @@ def _pieces(
     tallies = {job.name: Tally() for job in shard.jobs}
     next_byte = {entry.name: entry.start for entry in shard.header.tensors.values()}
     tasks, waiting = _tasks(shard, sources), deque[Piece | tuple[_Task, Room, Future[_Block]]]()
-    free = [Room() for _ in range(ahead)]  # new memory for each block costs as much as computing it
+    free = [Room() for _ in range(ahead)]
     while True:
         while free and (task := next(tasks, None)) is not None:
             if isinstance(task, Piece):
@@ -187,6 +204,19 @@ _Block = tuple[list[tuple[str, memoryview]], Tally]
 """Bytes by the names of tensors, and how much of the delta is left after rounding."""
 
 
+_OF_THREAD = threading.local()
+
+
+def _memory_of_thread() -> Room:
+    """Return memory for the arithmetic of one block after the other.
+
+    The system may take pieces of this size back when they are freed, and give them out anew page by
+    page: forced to, a merge of 1.3 GB had 367,000 page faults, and 73,000 with memory that stays.
+    """
+    room: Room = _OF_THREAD.__dict__.setdefault("room", Room())
+    return room
+
+
 class _Rows:
     """The rows of one output tensor.
 
@@ -225,14 +255,16 @@ class _Rows:
     def merged(self, start: int, stop: int, room: Room) -> tuple[Tensor, Tally]:
         """Return some rows in the dtype of the output, or float32 if they are quantized again."""
         job, tally = self.job, Tally()
-        rows = self._with_rows(self.base(start, stop), start)
+        same = job.source is not None and job.source.dtype == job.dtype
+        # What is read is overwritten where it lies, if its bytes are of one size with the result's.
+        rows = self._with_rows(self.base(start, stop, room if same else None), start)
         merged = room.rows(FLOATS.get(job.dtype, torch.float32), stop - start, self.n_cols)
         if self.delta is None:
             merged.copy_(rows)
         else:
-            fold_rows(rows, start, self.delta, tally, merged)
+            fold_rows(rows, start, self.delta, tally, merged, _memory_of_thread().rows)
         if not (tally.finite if self.delta is not None else _kept_finite(rows, merged)):
-            _check_finite(job, rows, merged)
+            _check_finite(job, self._with_rows(self.base(start, stop, Room()), start), merged)
         return merged, tally
 
     def _encoded(self, packed: Packed, start: int, wanted: Tensor) -> _Block:
@@ -247,12 +279,12 @@ class _Rows:
         data = [(packed.parts[role].name, memoryview(bytes_of(p))) for role, p in parts.items()]
         return data, tally
 
-    def base(self, start: int, stop: int) -> Tensor:
+    def base(self, start: int, stop: int, room: Room | None = None) -> Tensor:
         """Return what the deltas are added to: `W + sum of w (T - W) + sum of w b`.
 
         Exactly T for one adapter of weight 1.
         """
-        job, rows = self.job, self.stored(start, stop)
+        job, rows = self.job, self.stored(start, stop, room)
         if not (job.trained or job.added):
             return rows
         dtypes = {rows.dtype, *(t.dtype for t, _ in job.trained)}
@@ -277,8 +309,11 @@ class _Rows:
             rows[row] = value.detach()
         return rows
 
-    def stored(self, start: int, stop: int) -> Tensor:
-        """Return W, from the base, or from an adapter that holds it; valid until the next call."""
+    def stored(self, start: int, stop: int, room: Room | None = None) -> Tensor:
+        """Return W, from the base, or from an adapter that holds it; valid until the next call.
+
+        What is read is in `room`, or in memory of the thread.
+        """
         job = self.job
         if job.held is not None:
             return self._of(job.held, start, stop)
@@ -286,7 +321,7 @@ class _Rows:
             return self.values(start, stop)
         assert job.source is not None
         assert self.source is not None
-        return self.source.rows(job.source, self.n_cols, start, stop)
+        return self.source.rows(job.source, self.n_cols, start, stop, room)
 
     def _of(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         return tensor.detach().reshape(-1, self.n_cols)[start:stop]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,38 @@ def test_a_second_merge_into_one_output_never_mixes(case: Case) -> None:
         merge(case.base, [case.state], case.out, at(0.4, merge_too))
     hold_merged(case.out, case.tensors, other)
     assert {p.name for p in case.out.parent.iterdir()} == {"base", "out"}
+
+
+def test_two_merges_at_once_leave_torch_its_threads(case: Case, tmp_path: Path) -> None:
+    """The second one found one thread, and left it so."""
+    before, found = torch.get_num_threads(), list[int]()
+    both, left = threading.Barrier(2, timeout=60), threading.Event()
+
+    def run(out: Path, last: bool) -> None:
+        def progress(done: int, total: int) -> None:
+            if done < total and out not in waited:
+                waited.append(out)
+                both.wait()
+                assert not last or left.wait(60)  # the first one ends while this one computes
+
+        merge(case.base, [case.state], out, progress, verify=False)
+        found.append(torch.get_num_threads())
+        left.set()
+
+    waited = list[Path]()
+    torch.set_num_threads(3)
+    try:
+        threads = [threading.Thread(target=run, args=(tmp_path / f"{n}", n)) for n in (False, True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        new.start()
+        new.join()
+        assert [*found, torch.get_num_threads()] == [3, 3, 3, 3]
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_notes(case: Case) -> None:

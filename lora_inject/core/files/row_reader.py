@@ -18,10 +18,10 @@ from torch import Tensor
 from lora_inject.core.files.safetensors_file import DTYPES, TensorEntry
 from lora_inject.errors import CheckpointError
 
-BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 19
 """Elements read and written at a time.
 
-2 MiB of a 16-bit weight: longer writes cost less in the kernel."""
+1 MiB of a 16-bit weight: shorter writes cost more in the kernel, longer ones only memory."""
 
 
 def rows_per_block(n_cols: int) -> int:
@@ -62,13 +62,15 @@ class RowReader:
         self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.close = weakref.finalize(self, os.close, self.fd)
 
-    def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
+    def rows(
+        self, entry: TensorEntry, n_cols: int, start: int, stop: int, room: Room | None = None
+    ) -> Tensor:
         """Return `(stop - start, n_cols)` rows of a tensor's matrix.
 
-        They are valid until the next call of the same thread.
+        They are in `room`; without one they are valid until the next call of the same thread.
         """
         dtype = DTYPES[entry.dtype]
-        room: Room = self._of_thread.__dict__.setdefault("room", Room())
+        room = room or self._of_thread.__dict__.setdefault("room", Room())
         rows = room.rows(dtype, stop - start, n_cols)
         read_at(self.fd, room.data, entry.start + start * n_cols * dtype.itemsize)
         return rows

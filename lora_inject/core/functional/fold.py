@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -33,6 +33,10 @@ def rows_at_once(matrix: Tensor) -> int:
 def _elements_at_once(tensor: Tensor) -> int:
     """Return how many elements to take at once: a block for each thread of a CPU, 192 elsewhere."""
     return BLOCK_ELEMENTS * (torch.get_num_threads() if tensor.device.type == "cpu" else 192)
+
+
+Memory = Callable[[torch.dtype, int, int], Tensor]
+"""Function of a dtype, rows and columns to a tensor of that shape with any values."""
 
 
 class _Part(NamedTuple):
@@ -256,12 +260,13 @@ def fold_rows(
     delta: Delta,
     tally: Tally | None = None,
     out: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """Return rows `(n, cols)` from `start` on with the delta added in its dtype, rounded once.
 
     The result is written to `out`, possibly `rows` itself. A tally counts how much of the delta is
     left after rounding, which takes as long as the rest. Values outside every block of the delta
-    keep their bits.
+    keep their bits. `memory` gives what the arithmetic needs: who folds many blocks reuses it.
     """
     out = torch.empty_like(rows) if out is None else out
     if not len(rows):
@@ -272,7 +277,12 @@ def fold_rows(
         # Few calls for each block: the arithmetic fills the caches, so each call is a slow one, and
         # threads wait for the GIL at each.
         n = 1 if tally is None else 4
-        room = torch.empty(n, step, rows.shape[1], dtype=delta.dtype, device=rows.device)
+        shape = n * step, rows.shape[1]
+        if memory is None:
+            room = torch.empty(shape, dtype=delta.dtype, device=rows.device)
+        else:
+            room = memory(delta.dtype, *shape)
+        room = room.view(n, step, -1)
         for piece, merged in zip(torch.split(rows, step), torch.split(out, step), strict=True):
             if len(piece) < step:
                 room = room[:, : len(piece)]
