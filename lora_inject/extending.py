@@ -6,9 +6,11 @@ from lora_inject.core.layers.weight_kinds import WeightKind, register_weight_kin
 from lora_inject.core.spec.sites import Geometry
 from lora_inject.core.spec.variants import Variant, register_variant
 from lora_inject.formats.exchange import register_format
+from lora_inject.quantized.plain_layers import LayerKind
 
 __all__ = [
     "Geometry",
+    "LayerKind",
     "LoRALinear",
     "Variant",
     "WeightKind",

@@ -270,11 +270,12 @@ def test_a_new_head_that_nobody_trains_is_refused_and_the_remedies_work(encoder:
 
 @needs_transformers_5  # 4 leaves no mark on what it has loaded
 def test_trials_ask_the_same_question(encoder: Path) -> None:
-    model, trial = classifier(encoder), li.Trial(QV, lr=1e-3)
+    model, trials = classifier(encoder), {"one": li.Trial(QV, lr=1e-3)}
+    loss = {"loss": lambda y, _: y.logits.square().mean()}
     with refused(li.LayerError, "'classifier.weight'", "leave_new=True"):
-        li.Trials(model, {"one": trial})
+        li.Trials(model, trials, **loss)
     assert not li.adapters(model)
-    li.Trials(model, {"one": trial}, leave_new=True)
+    li.Trials(model, trials, **loss, leave_new=True)
 
 
 @needs_transformers_5  # 4 leaves no mark on what it has loaded

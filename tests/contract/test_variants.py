@@ -189,17 +189,17 @@ def test_trials_of_which_the_update_leaves_little_are_the_dense_ones(dtype: torc
         "one": li.Trial(config, lr=1e-3),
         "two": li.Trial({**config, "dropout": 0.3}, lr=1e-3),
     }
-    running = li.Trials(copy.deepcopy(plain), trials)
-    for name in trials:
-        li.swap_adapter(running.model, copy.deepcopy(state), name)
-    x = torch.randn(how.shape).to(dtype)
-    seen = []
+    model, seen = copy.deepcopy(plain), []
 
     def forward(batch: Tensor) -> Tensor:
-        seen.append(running.model(batch))
+        seen.append(model(batch))
         return seen[-1]
 
-    running.step(dict.fromkeys(trials, x), forward=forward, loss=lambda y, _: y.square().mean())
+    running = li.Trials(model, trials, forward=forward, loss=lambda y, _: y.square().mean())
+    for name in trials:
+        li.swap_adapter(model, copy.deepcopy(state), name)
+    x = torch.randn(how.shape).to(dtype)
+    running.step(dict.fromkeys(trials, x))
     (together,) = [y for y in seen if y.requires_grad and len(y) == 2 * len(x)]
     assert off_by(how, together[: len(x)], twin_of(how, plain, state, x)) < LITTLE[dtype]
     assert torch.isfinite(together).all()

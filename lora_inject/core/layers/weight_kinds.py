@@ -138,6 +138,10 @@ class WeightKind:
             return self.no_gradient(module)
         if verb in OF_VALUES and kind.dense is WeightKind.dense:
             return Reason(f"dequantizing a {_of(module)} is not supported")
+        if verb == "replace" and kind.write is WeightKind.write and not _is_of_torch(module):
+            problem = f"nothing says how a {_of(module)} multiplies by plain values"
+            remedy = "Derive its WeightKind from extending.LayerKind, which makes the layer one of "
+            return Reason(problem, remedy + "torch's, or override write()")
         if verb == "requantize" and kind.packed is WeightKind.packed:
             return Reason("its format cannot be quantized again")
         return None
@@ -172,6 +176,11 @@ class WeightKind:
     def described(self, weight: Tensor) -> Iterable[str] | None:
         """Return the settings and a few codes of a tensor, to recognize a base; None if unknown."""
         return None
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    plain = getattr(type(module), "_lora_plain", type(module))
+    return defines_forward(plain)[0].startswith("torch.")
 
 
 def _of(module: nn.Module) -> str:
