@@ -53,6 +53,7 @@ from lora_inject.integrations.publishing import push as push
 from lora_inject.integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
 from lora_inject.integrations.trl import reference as reference
 from lora_inject.rows.routed import routed as routed
+from lora_inject.rows.routed import see_rows as see_rows
 from lora_inject.serving.peft_state import peft_state as peft_state
 from lora_inject.serving.verifying import verify_loaded as verify_loaded
 from lora_inject.serving.verifying import verify_served as verify_served

@@ -1,7 +1,8 @@
 """Whether a layer's first axis is the rows: seen, never guessed from a length that fits.
 
 A vision tower may get as many pictures as there are rows, a table of positions as many positions,
-an expert as many tokens. So the first call of a module under `routed` is checked:
+an expert as many tokens. So it is seen on an example (`see_rows`), or in a call that no example has
+told of:
 
 1. Each layer whose axis was not seen before takes the length that fits for the rows.
 2. The whole batch then runs under each adapter, and each row takes its own from the outputs.
@@ -11,7 +12,10 @@ an expert as many tokens. So the first call of a module under `routed` is checke
 5. Where it differs, or a layer has another length, what was computed in 2 is the output.
 
 Rows and positions in one axis say another thing where each row is one position, as in decoding:
-that is seen by itself. A layer that once had a length that does not follow from the rows is asked
+that is seen by itself. An example begins each run where the first began. A live forward that writes
+to a buffer, or adds to an attribute, is not run again: its state would be that of another run.
+
+A layer that once had a length that does not follow from the rows is asked
 each time. So is one of which the structure of the model says it: experts that are layers of their
 own, and what a model of transformers puts in the place of some tokens, such as pictures.
 """
@@ -19,7 +23,7 @@ own, and what a model of transformers puts in the place of some tokens, such as 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -41,13 +45,28 @@ from lora_inject.core.roots.root import Root, adapted_modules, root_of
 from lora_inject.core.spec.names import joined, parent
 from lora_inject.errors import LayerError
 from lora_inject.rows.by_row import Marked, Row, Rows
+from lora_inject.rows.kept import (
+    PLAIN,
+    Kept,
+    Versions,
+    alike,
+    contents,
+    items,
+    random_kept,
+    rows_alike,
+    version_of,
+)
 
-_PLAIN = (Tensor, bool, int, float, str, type(None))
+_PLAIN = (Tensor, *PLAIN)
 _Form = tuple[int, bool, bool | None]
 """Of an input: how many axes it has, whether the first is the rows alone, and whether each row is
 one position; None where it has an axis of positions."""
-_FOLLOWED: WeakKeyDictionary[Attached, set[_Form]] = WeakKeyDictionary()
+_FOLLOWED: WeakKeyDictionary[Attached, frozenset[_Form]] = WeakKeyDictionary()
 """Layers whose first axis was seen to be the rows, for inputs of these forms."""
+_At = tuple[tuple[Any, ...], int]
+"""Of a tensor of outputs: the steps to it, and how many axes it has."""
+_RETURNED: WeakKeyDictionary[nn.Module, dict[_At, bool]] = WeakKeyDictionary()
+"""Of modules whose rows run one after the other: whether tensors of their outputs have the rows."""
 _NOTED: WeakKeyDictionary[Root, int] = WeakKeyDictionary()
 """How often adapters had come or gone when the layers of a root were noted."""
 
@@ -58,8 +77,11 @@ class _Call:
 
     routed: Routed
     module: nn.Module
-    given: tuple[Any, Any]
+    own: tuple[Any, Any]  # what the caller gave
+    given: tuple[Any, Any]  # the same, or a copy of it from before the forward
     copied: bool
+    buffers: list[tuple[Tensor | None, int]]
+    tensors: list[tuple[Tensor, int]]
     positions: set[int]
     single: bool  # whether each row is one position
     depth: int = 1  # how often it is in its own forward
@@ -68,6 +90,10 @@ class _Call:
     misfits: set[Attached] = field(default_factory=set)
 
 
+_Run = Callable[..., tuple[Any, Any]]
+"""Runs a call's module under whoever takes part; its output, and the arguments that it got."""
+_TRIED = 3
+"""So many rows are changed, one after the other, to see which tensors of the outputs have rows."""
 _OPEN: ContextVar[_Call | None] = ContextVar("lora_inject_routed_call", default=None)
 _WATCHING: ContextVar[Routed | None] = ContextVar("lora_inject_routed", default=None)
 
@@ -104,6 +130,7 @@ class Routed(Rows):
     """The adapters of the rows of the calls under one `routed`."""
 
     asked = "routed()"
+    kept: Kept | None = None  # where each run of an example begins
 
     def __init__(self, rows: Sequence[str | Mapping[str, float] | None], repeat: int = 1) -> None:
         super().__init__(rows, repeat)
@@ -185,6 +212,7 @@ class Routed(Rows):
         survey = Survey(model)
         self._selection = root_of(model, "routed", whole=False)[1].selection
         self._carrying = [attached for _, _, attached in adapted_modules(survey)]
+        self._versions = Versions(survey.named)
         outer = _WATCHING.get()
         with _hooked([model, *_around_adapted(survey)]):
             try:
@@ -197,9 +225,11 @@ class Routed(Rows):
         """Begin a call."""
         if self._selection.current() is self:
             positions = self._positions((args, kwargs))
-            copied = self._copies(single := 1 in positions)
-            given = _copied((args, kwargs)) if copied else (args, kwargs)
-            _OPEN.set(_Call(self, module, given, copied, positions, single))
+            copies = self._copies(single := 1 in positions)
+            own = args, kwargs
+            given = copied(own) if copies else own
+            buffers, tensors = self._versions.now(), _versions_of(own)
+            _OPEN.set(_Call(self, module, own, given, copies, buffers, tensors, positions, single))
 
     def end(self, call: _Call, output: Any) -> Any:
         """End a call, and return what takes the place of its output; None for nothing."""
@@ -228,27 +258,76 @@ class Routed(Rows):
     def _checked(self, call: _Call, output: Any) -> Any:
         """Return what takes the place of a call's output; None if it is right."""
         self.quiet.discard(call.single)
+        if self.kept is None:
+            self._refuse_moving(call, self._moved(call))
         if not call.copied and not all(isinstance(x, _PLAIN) for x in tree_leaves(call.given)):
             self._raise(call, "the cache of the call has changed")
+        kept = self.kept or Kept(call.module)
 
-        def run(which: Selected, given: Any = call.given) -> Any:
-            args, kwargs = _copied(given)
+        def run(which: Selected, given: Any = call.given) -> tuple[Any, Any]:
+            kept.put_back()
+            args, kwargs = used = copied(given, tensors=self.kept is not None)
             with in_context({self._selection: which}):
-                return call.module(*args, **kwargs)
+                return call.module(*args, **kwargs), used
 
-        if call.problem is None:
-            with torch.no_grad(), evaluating(call.module) as changed:
-                together = run(self) if changed else output
-                adapted = [(row, mix) for row, mix in self.mixes.items() if row]
-                alike = all(self._has(together, row, run(mix)) for row, mix in adapted)
-                if alike and self._marks_stay(call, run):
-                    for attached, form in call.guessed:
-                        _FOLLOWED.setdefault(attached, set()).add(form)
-                    return None
-        made = self._by_row({row: run(mix) for row, mix in self.mixes.items()}, call)
-        for attached in call.misfits:
-            attached.no_rows = True
-        return made
+        try:
+            if call.problem is None and self._is_seen(call, output, run, kept):
+                return None
+            return self._in_turn(call, run, kept)
+        finally:
+            kept.put_back()
+            for attached in call.misfits:
+                attached.no_rows = True
+
+    def _moved(self, call: _Call) -> str:
+        """Say what a call has written to; "" if nothing."""
+        name = self._versions.moved(call.buffers)
+        return repr(name) if name else _written(call.tensors)
+
+    def _is_seen(self, call: _Call, output: Any, run: _Run, kept: Kept) -> bool:
+        """Whether each row gets its own adapter where the first axis is taken for the rows."""
+        with torch.no_grad(), evaluating(call.module), random_kept(call.module):
+            together = output if self.kept else run(self)[0]
+            self._refuse_adding(call, kept)
+            adapted = [(row, mix) for row, mix in self.mixes.items() if row]
+            alike = all(self._has(together, row, run(mix)[0]) for row, mix in adapted)
+            if not alike or not self._marks_stay(call, run):
+                return False
+        for attached, form in call.guessed:
+            _FOLLOWED[attached] = _FOLLOWED.get(attached, frozenset()) | {form}
+        return True
+
+    def _in_turn(self, call: _Call, run: _Run, kept: Kept) -> Any:
+        """Return outputs in which each row is that of the run under its own adapter."""
+        apart = self._without_rows(call, run)
+        if self.kept is not None:  # an example
+            return None
+        outputs, used = {}, []
+        for row, mix in self.mixes.items():
+            outputs[row], given = run(mix)
+            used.append(given)
+            self._refuse_adding(call, kept)
+        return self._by_row(outputs, used, call, apart)
+
+    def _refuse_moving(self, call: _Call, name: str) -> None:
+        """Refuse to run a forward again that has written to what later ones read.
+
+        Raises:
+            LayerError: It has, and the rows are not told yet, or cannot be.
+        """
+        if not name:
+            return
+        found = f"its forward writes to {name}, so it cannot run again to tell the rows"
+        remedy = "Call li.see_rows(model, ...) with an example, and begin this batch anew"
+        if call.problem is not None:
+            found = f"{call.problem.found}; and {found}"
+            remedy = "Leave the layers that li.see_rows(model, ...) names out of the adapters"
+        raise LayerError(f"{self.asked} with {len(self.rows):,} rows", found, remedy)
+
+    def _refuse_adding(self, call: _Call, kept: Kept) -> None:
+        """Refuse a live forward that leaves something else if it runs again."""
+        if self.kept is None and (name := kept.moved()):
+            self._refuse_moving(call, repr(name))
 
     def _marks_stay(self, call: _Call, run: Any) -> bool:
         """Whether the rows of another batch, if the module takes it, have their own marks alone."""
@@ -256,8 +335,8 @@ class Routed(Rows):
             try:
                 if (given := change(call.given)) is None:
                     continue
-                together = run(Marked(self), given)
-                alone = {row: run(Marked(self, row), given) for row in self.mixes}
+                together = run(Marked(self), given)[0]
+                alone = {row: run(Marked(self, row), given)[0] for row in self.mixes}
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # noqa: BLE001, S112 - the module, or a device, refuses such rows
@@ -314,24 +393,112 @@ class Routed(Rows):
                 return False
         return n_compared > 0
 
-    def _by_row(self, outputs: Mapping[Row, Any], call: _Call) -> Any:
-        """Return outputs in which each row is that of the run under its own adapter."""
+    def _without_rows(self, call: _Call, run: _Run) -> set[_At]:
+        """Return the tensors of a module's outputs that are as long as the rows by chance.
+
+        Where the tokens of one row change, a tensor that has the rows changes in that row alone.
+        """
+        known = _RETURNED.setdefault(call.module, {})
+        with torch.no_grad(), evaluating(call.module), random_kept(call.module):
+            mix = next(mix for row, mix in self.mixes.items() if row)
+            whole = dict(_tensors(tree_leaves(run(mix)[0])))
+            new = {at: t for at, t in whole.items() if at not in known and self._has_rows(t)}
+            for number in range(min(_TRIED, len(self.rows)) if new else 0):
+                try:
+                    if (given := self._with_other_row(call.given, number)) is None:
+                        continue
+                    other = dict(_tensors(tree_leaves(run(mix, given)[0])))
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:  # noqa: BLE001, S112 - the module refuses such rows
+                    continue
+                for at, tensor in new.items():
+                    has_rows = self._is_of_row(number, tensor, other.get(at))
+                    if at not in known and has_rows is not None:
+                        known[at] = has_rows
+        return {at for at, has_rows in known.items() if not has_rows}
+
+    def _is_of_row(self, number: int, before: Tensor, after: Any) -> bool | None:
+        """Whether a tensor changes in a row alone; None if it does not change."""
+        if not isinstance(after, Tensor) or after.shape != before.shape:
+            return False
+        each = len(before) // len(self.rows)
+        mine, rest = range(number * each, (number + 1) * each), [*range(len(before))]
+        del rest[mine.start : mine.stop]
+        if not rows_alike(before[rest], after[rest]):
+            return False
+        return None if rows_alike(before[[*mine]], after[[*mine]]) else True
+
+    def _with_other_row(self, given: Any, number: int) -> Any:
+        """Return a batch in which one row has its tokens in another order, or those of the next.
+
+        None if that is the same batch.
+        """
+        leaves, form = tree_flatten(given)
+        rows = [i for i, leaf in enumerate(leaves) if self._has_rows(leaf)]
+        tokens = [i for i in rows if not leaves[i].is_floating_point()] or rows
+        changed = False
+        for i in tokens:
+            leaf, each = leaves[i], len(leaves[i]) // len(self.rows)
+            mine = slice(number * each, (number + 1) * each)
+            other = leaf[mine].roll(1, 1) if leaf.dim() > 1 else leaf[mine]
+            if torch.equal(other, leaf[mine]):
+                other = leaf.roll(-each, 0)[mine]
+            changed |= not torch.equal(other, leaf[mine])
+            leaves[i] = leaf.clone()
+            leaves[i][mine] = other
+        return tree_unflatten(leaves, form) if changed else None
+
+    def _by_row(
+        self, outputs: Mapping[Row, Any], used: Sequence[Any], call: _Call, apart: set[_At]
+    ) -> Any:
+        """Return outputs in which each row is that of the run under its own adapter.
+
+        What the caller gave, such as a cache, then holds the same.
+        """
         trees = {row: tree_flatten(output) for row, output in outputs.items()}
         (first, form), *_ = trees.values()
-        columns = zip(*(leaves for leaves, _ in trees.values()), strict=True)
-        whole = [self._merged([*column]) for column in columns]
-        if not any(map(self._has_rows, first)):
+        if not any(self._has_rows(t) and at not in apart for at, t in _tensors(first)):
             self._raise(call, "no tensor of its outputs has the rows first")
+        own = self._filled(call, used)
+        columns = enumerate(zip(*(leaves for leaves, _ in trees.values()), strict=True))
+        whole = [self._merged([*column], (i,), apart, own) for i, column in columns]
         return tree_unflatten(whole, form)
 
-    def _merged(self, values: list[Any]) -> Any:
+    def _filled(self, call: _Call, used: Sequence[Any]) -> dict[int, Any]:
+        """Fill what the caller gave with what each row's run has left in its copy.
+
+        Returns:
+            By the address of what the first run got, what the caller gave in its place.
+        """
+        filled = {}
+        for mine, before, *each in zip(*map(_objects, (call.own, call.given, *used)), strict=True):
+            held = contents(mine)
+            if held is None or all(alike(before, one) for one in each):
+                continue
+            made = self._merged([contents(one) for one in each], (), set(), {})
+            if isinstance(held, dict):
+                held.clear()
+                held.update(made)
+            else:
+                held[:] = made
+            filled[id(each[0])] = mine
+        return filled
+
+    def _merged(
+        self, values: list[Any], path: tuple[Any, ...], apart: set[_At], own: Mapping[int, Any]
+    ) -> Any:
         """Return one value for those of each run: each row's own, in what holds tensors too.
 
         None for a tensor without rows that differs, such as a mean over the batch.
         """
         one = values[0]
+        if id(one) in own:
+            return own[id(one)]
+        if all(value is one for value in values):
+            return one
         if isinstance(one, Tensor):
-            if not self._has_rows(one):
+            if not self._has_rows(one) or (path, one.dim()) in apart:
                 alike = all(torch.equal(one, other) for other in values[1:])
                 return one if alike else None
             each, order = self.index(len(one), one.device)
@@ -339,15 +506,19 @@ class Routed(Rows):
             parts = [value.index_select(0, index) for value, (_, index) in both]
             return torch.cat(parts).index_select(0, order)
         if isinstance(one, list | tuple):
-            return type(one)(self._merged([*each]) for each in zip(*values, strict=True))
-        if isinstance(one, dict):
-            return {key: self._merged([value[key] for value in values]) for key in one}
-        held = getattr(one, "__dict__", None)
-        if not held or isinstance(one, type | nn.Module):
+            columns = enumerate(zip(*values, strict=True))
+            return type(one)(self._merged([*c], (*path, i), apart, own) for i, c in columns)
+        held = one if isinstance(one, dict) else contents(one)
+        if not held:
             return one
+        each_held = [value if isinstance(one, dict) else vars(value) for value in values]
+        merged = {
+            key: self._merged([h[key] for h in each_held], (*path, key), apart, own) for key in held
+        }
+        if isinstance(one, dict):
+            return merged
         made = copy.copy(one)
-        for key in held:
-            made.__dict__[key] = self._merged([value.__dict__[key] for value in values])
+        made.__dict__.update(merged)
         return made
 
     def _has_rows(self, leaf: Any) -> bool:
@@ -363,6 +534,33 @@ class Routed(Rows):
         problem = f"rows cannot be told apart in all layers, and {why}"
         remedy = "Leave layers that do not get the rows first out of the adapters"
         raise LayerError(asked, problem, remedy)
+
+
+class Example(Routed):
+    """The adapters of the rows of an example, of which layers and outputs are noted.
+
+    Args:
+        rows: The adapters.
+        kept: Of the model, from before the example.
+    """
+
+    asked = "see_rows()"
+
+    def __init__(self, rows: Sequence[str | None], kept: Kept) -> None:
+        super().__init__(rows)
+        self.kept = kept
+        self.untold: set[Attached] = set()
+
+    def end(self, call: _Call, output: Any) -> Any:
+        """End a call, and note the layers whose rows it has not told."""
+        made = super().end(call, output)
+        if call.problem is None:  # else that layer is noted
+            self.untold |= {a for a, form in call.guessed if form not in _FOLLOWED.get(a, ())}
+        return made
+
+    def _copies(self, single: bool) -> bool:
+        del single
+        return True
 
 
 _HOOK: Any = "lora_inject.routed"  # one key, as compiled code looks at it
@@ -409,33 +607,50 @@ def _tables(module: nn.Module) -> tuple[tuple[dict[Any, Any], Any], ...]:
     return tables
 
 
-def _copied(given: Any) -> Any:
+def copied(given: Any, *, tensors: bool = False) -> Any:
     """Return arguments in which what a forward may change, such as a cache, is a copy."""
-    return tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else copy.deepcopy(leaf), given)
+
+    def copied_one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.clone() if tensors else leaf
+        return leaf if isinstance(leaf, PLAIN) else copy.deepcopy(leaf)
+
+    return tree_map(copied_one, given)
+
+
+def _objects(given: Any) -> list[Any]:
+    """Return what is given, and what tuples of it hold."""
+    args, kwargs = given
+    listed = [*args, *kwargs.values()]
+    for each in listed:
+        if type(each) is tuple:
+            listed += each
+    return listed
+
+
+def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[_At, Tensor]]:
+    """Yield the tensors of outputs, with the steps to each."""
+    if isinstance(value, Tensor):
+        yield (path, value.dim()), value
+        return
+    held = value if isinstance(value, list | tuple | dict) else contents(value)
+    for key, each in [] if held is None else items(held):
+        yield from _tensors(each, (*path, key))
+
+
+def _versions_of(given: Any) -> list[tuple[Tensor, int]]:
+    """Return the tensors that are given, with their versions."""
+    return [(t, version_of(t)) for t in tree_leaves(given) if isinstance(t, Tensor)]
+
+
+def _written(tensors: Iterable[tuple[Tensor, int]]) -> str:
+    """Say what of the tensors that were given has been written to."""
+    moved = any(version_of(tensor) != version for tensor, version in tensors)
+    return "a tensor that it is given" if moved else ""
 
 
 def _same(given: Any) -> Any:
     return given
-
-
-_ROUNDING = {8: 1e-7, 4: 1e-3}
-"""Share of the largest number by which outputs differ that are computed in another order, by the
-bytes of a number."""
-
-
-def rows_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors are equal but for what rounding may do."""
-    if one.is_complex() and other.is_complex():
-        one, other = torch.view_as_real(one), torch.view_as_real(other)
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    wide = torch.promote_types(one.dtype, torch.float32)  # MPS has no float64
-    a, b = one.detach().to(wide), other.detach().to(wide)
-    finite = b.isfinite()
-    size = b[finite].abs().max() if finite.any() else b.new_ones(())
-    share = _ROUNDING.get(one.element_size(), 0.05)
-    off = ((a - b).abs() > share * size) & finite
-    return not bool((off | (a.isfinite() != finite)).any())
 
 
 # ---------------------------------------------------------------------------- what structure says

@@ -54,6 +54,8 @@ def scalar_loss(loss: Loss, outputs: Any, batch: Any, whose: str) -> Tensor:
 def causal_loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the mean loss of the next token, as transformers' causal models compute it.
 
+    Its gradient comes with it, so one backward is all that its graph is good for.
+
     Args:
         outputs: With `logits (rows, tokens, vocabulary)`.
         batch: With `labels (rows, tokens)`, int64; -100 is ignored.

@@ -5,8 +5,7 @@ An adapter that is injected becomes the only one that is active and trains; thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lora_inject.core.model.read_off import adapter_state
 from lora_inject.core.model.training import train_only
 from lora_inject.core.roots.root import entries, find_root
 from lora_inject.errors import StateError
+from lora_inject.rows.kept import random_kept
 from lora_inject.trials.trial import Trial
 
 Sites = frozenset[tuple[nn.Module, str, str]]
@@ -236,25 +236,6 @@ def put_on(
         for parameter, grad in grads:
             parameter.grad = grad
     return runs
-
-
-@contextmanager
-def random_kept(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Put torch's generators back where they were; no other device's is touched.
-
-    With a seed, so that a base that draws does it for a trial alone as it does beside others.
-    """
-    placed = {p.device for p in model.parameters()}
-    devices = [device for device in placed if device.type not in ("cpu", "meta")]
-    kind = devices[0].type if devices else "cuda"
-    with torch.random.fork_rng(devices, device_type=kind):
-        for device in devices if seed is not None else ():
-            module = torch.get_device_module(device)
-            with module.device(device) if hasattr(module, "device") else nullcontext():
-                module.manual_seed(seed)
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +35,9 @@ from lora_inject.core.layers.selection import Mix, Selected
 from lora_inject.core.roots.selecting import selecting
 from lora_inject.errors import LayerError, LoraInjectError, StateError
 from lora_inject.rows.by_row import Marked, Rows, Taking, row_of
-from lora_inject.rows.seen import rows_alike
+from lora_inject.rows.kept import Kept, random_kept, rows_alike
 from lora_inject.trials.batches import Form, Forward, Joined, joined_batch, leaves_of, n_tokens
-from lora_inject.trials.run import Run, Sites, random_kept
+from lora_inject.trials.run import Run, Sites
 
 MOST_KNOWN = 64
 """Forms of batches that are remembered: one with a number of its step is another one each time."""
@@ -292,8 +292,12 @@ class Passes:
                 continue
             names = dict.fromkeys([*new.values(), *group])
             some = {name: group[name] for name in [*names][: max(2, len(new))]}
-            with torch.no_grad(), _buffers_kept(self.model), random_kept(self.model):
-                problem = self._why_not(some, known)
+            kept = Kept(self.model, buffers=True)
+            try:
+                with torch.no_grad(), random_kept(self.model):
+                    problem = self._why_not(some, known)
+            finally:
+                kept.put_back()
             if problem:
                 self._let_run_in_turn(known, problem)
                 break
@@ -307,9 +311,13 @@ class Passes:
         """
         if known.moved is None:
             one = dict([next(iter(batches.items()))])
-            with torch.no_grad(), _buffers_kept(self.model) as moved, random_kept(self.model):
-                self._pass(joined_batch(one), known, drops=False)
-            known.moved = moved
+            kept = Kept(self.model, buffers=True)
+            try:
+                with torch.no_grad(), random_kept(self.model):
+                    self._pass(joined_batch(one), known, drops=False)
+                known.moved = kept.moved_buffers()
+            finally:
+                kept.put_back()
         if known.moved:
             problem = f"its forward moves {known.moved[0]!r} of the base, which all trials share"
             remedy = "Put that layer in eval mode, or train each of them by itself"
@@ -381,20 +389,6 @@ def _others(some: Mapping[str, Any], short: int) -> list[Mapping[str, Any]]:
         *({name: other(i, change) for i, name in enumerate(names)} for change in changes),
         some,
     ]
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[list[str]]:
-    """Put buffers back, and give the names of those that moved, as BatchNorm's statistics do."""
-    kept = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
-    moved: list[str] = []
-    try:
-        yield moved
-    finally:
-        for name, buffer, value in kept:
-            if not torch.equal(buffer, value):
-                moved.append(name)
-            buffer.copy_(value)
 
 
 def _half(leaf: Any) -> Any:
