@@ -9,6 +9,7 @@ import torch
 from conftest import script
 from contract.kinds import KINDS, host
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_inject as li
 
@@ -153,3 +154,21 @@ def test_a_further_trial_adds_the_launches_of_its_own_optimizer_and_loss_alone()
     two, three, five = map(launches, (2, 3, 5))
     assert five - three == 2 * (three - two) <= 2 * 42
     assert two < 300
+
+
+def test_autocast_casts_an_input_once_where_a_mode_watches() -> None:
+    """The formula, too, shares the copy between the layer and the update."""
+    model = li.inject(nn.Sequential(nn.Linear(8, 6)), {"rank": 2, "targets": ["0"]})
+    x, copied = torch.randn(3, 8, requires_grad=True), []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func is torch.ops.aten._to_copy.default and args[0].shape == x.shape:
+                copied.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Casts(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    with Casts():
+        y.sum().backward()
+    assert copied == [torch.float32, torch.bfloat16], "to 16 bits, and its gradient back"

@@ -67,16 +67,17 @@ def linear(
         >>> torch.allclose(y, x @ (W + 0.5 * B @ A).T, atol=1e-5)
         True
     """
-    if not runs_plainly() or x.layout is not torch.strided:
-        y = frozen_output(x, weight, bias, transposed)
-        return add_updates(y, x, updates, float32=float32)
+    plainly = runs_plainly() and x.layout is torch.strided
     # Autocast changes only what is computed in another dtype than y's; to ask for it is slow.
-    if not torch.is_grad_enabled() and (not float32 or without_autocast(x) is None):
+    if plainly and not torch.is_grad_enabled() and (not float32 or without_autocast(x) is None):
         return _forward(x, weight, bias, updates, transposed=transposed, float32=float32)[0]
     off, low = without_autocast(x), None
     if off is not None and x.dtype != torch.float64:
         low = torch.get_autocast_dtype(x.device.type)
         x = x if float32 else x.to(low)  # by autograd: the layer and A share one copy
+    if not plainly:
+        y = frozen_output(x, weight, bias, transposed)
+        return add_updates(y, x, updates, float32=float32)
     how = _How(transposed, float32, low, [u[2:] for u in updates])
     factors = [t for u in updates for t in (u.A, u.B)]
     with off or nullcontext():
