@@ -252,11 +252,12 @@ def test_what_it_shows_copies_and_saves_is_the_effective_weight() -> None:
     reading = Reading()
     with torch.no_grad():
         read, wanted = reading.lazy(), reading.lazy().clone()
+        assert str(read) == str(wanted)
     assert equal(wanted, reading.dense())
-    assert str(read) == str(wanted)
+    assert not read.detach().requires_grad
     assert torch.equal(read, wanted)
     assert read.tolist() == wanted.tolist()
-    assert (read.numpy() == wanted.numpy()).all()
+    assert (read.detach().numpy() == wanted.numpy()).all()
     assert read.data_ptr() == read.data_ptr() != reading.module.get_parameter("w").data_ptr()
     assert same_bits(read.detach().clone(), wanted)
     assert same_bits(read.data.clone(), wanted)
@@ -296,6 +297,134 @@ class Opaque(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         x, w = ctx.saved_tensors
         return g @ w, g.T @ x
+
+
+# Views of a matrix `(8, 6)`, each with what it is called on a plain weight.
+VIEWS: dict[str, Callable[[Tensor], Any]] = {
+    "itself": lambda w: w,
+    "a slice": lambda w: w[-1:],
+    "a row": lambda w: w[3],
+    "rows in turn": lambda w: [*w][1],
+    "a chunk": lambda w: w.chunk(2)[1],
+    "a part of split": lambda w: w.split(2)[1],
+    "a part of tensor_split": lambda w: w.tensor_split(3)[1],
+    "one of unbind": lambda w: w.unbind()[2],
+    "heads": lambda w: w.view(2, 4, 6)[0],
+    "flat": lambda w: w.flatten()[2:4],
+    "ravel": lambda w: w.ravel()[2:4],
+    "reshape": lambda w: w.reshape(-1)[:4],
+    "narrow": lambda w: w.narrow(0, 1, 2),
+    "transposed": lambda w: w.T,
+    "mT": lambda w: w.mT[0],
+    "permuted": lambda w: w.permute(1, 0)[1],
+    "the diagonal": lambda w: w.diagonal(),
+    "expanded": lambda w: w.expand(2, 8, 6)[0],
+    "strided": lambda w: w.as_strided((4,), (1,)),
+    "unfolded": lambda w: w.unfold(0, 2, 2),
+    "squeezed": lambda w: w.unsqueeze(0).squeeze(0),
+    "a view of a view": lambda w: w[2:].view(-1)[3:].view(-1, 3),
+}
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "zero_": lambda v: v.zero_(),
+    "copy_": lambda v: v.copy_(torch.ones(v.shape)),
+    "an index": lambda v: v.__setitem__(0, 1.0),
+    "add in place": lambda v: v.__iadd__(1),
+    "out=": lambda v: torch.add(torch.zeros(v.shape), 1, out=v),
+    "foreach": lambda v: torch._foreach_add_([v], 1),
+    "its storage": lambda v: v.untyped_storage().fill_(0),
+}
+
+
+def layer_with_an_adapter() -> nn.Sequential:
+    torch.manual_seed(0)
+    return fill(li.inject(nn.Sequential(nn.Linear(6, 8)), {"rank": 2, "targets": ["0"]}))
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_write_through_a_view_of_what_was_read_is_refused(view: str, write: str) -> None:
+    """`emb.weight.data[-1:].copy_(mean)` went to a copy, and was lost without a word."""
+    model = layer_with_an_adapter()
+    for read in (model[0].weight.data, model[0].weight.detach()):
+        with torch.no_grad(), refused(li.LayerError, "W + delta", model=model):
+            WRITES[write](VIEWS[view](read))
+    with torch.no_grad(), refused(li.LayerError, "W + delta", model=model):
+        WRITES[write](VIEWS[view](model[0].weight))
+
+
+@pytest.mark.parametrize("name", ["requires_grad", "grad"])
+def test_what_was_read_takes_no_flag_and_no_gradient(name: str) -> None:
+    """Either did nothing: what was read is another tensor each time."""
+    model = layer_with_an_adapter()
+    with refused(li.LayerError, "W + delta", model=model):
+        setattr(model[0].weight, name, {"requires_grad": False, "grad": torch.zeros(8, 6)}[name])
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_of_what_was_read_has_the_values_and_gradients_of_the_dense_one(view: str) -> None:
+    model = layer_with_an_adapter()
+    state = li.adapter_state(model).sites["0"]
+    W = model[0].get_parameter("weight").detach()
+    A, B = state.A.clone().requires_grad_(), state.B.clone().requires_grad_()
+    wanted, read = VIEWS[view](W + state.scale * B @ A), VIEWS[view](model[0].weight)
+    torch.testing.assert_close(read + 0, wanted)
+    read.square().sum().backward()
+    wanted.square().sum().backward()
+    got = {key.rpartition("_")[2]: p.grad for key, p in li.adapter_parameters(model).items()}
+    torch.testing.assert_close(got, {"A": A.grad, "B": B.grad})
+
+
+CUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "detach": lambda w: w.detach(),
+    "data": lambda w: w.data,
+    "detach of a view": lambda w: w.T.detach().T,
+}
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": F.linear,
+    "@": lambda x, w: x @ w.T,
+    "mm": lambda x, w: torch.mm(x, w.t()),
+    "addmm": lambda x, w: torch.addmm(x.new_zeros(len(w)), x, w.t()),
+    "bmm": lambda x, w: torch.bmm(x[None], w.t()[None]),
+    "embedding": lambda x, w: F.embedding(torch.tensor([1, 2]), w) * x.mean(),
+    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
+    "elementwise": lambda x, w: w * x.mean(),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("cut", CUT)
+def test_what_was_cut_from_the_graph_sends_no_gradient(cut: str, product: str) -> None:
+    """A stop-gradient on an adapted weight (shared embeddings, codebooks) was ignored."""
+    model, x = layer_with_an_adapter(), torch.randn(3, 6, requires_grad=True)
+    y = PRODUCTS[product](x, CUT[cut](model[0].weight))
+    torch.testing.assert_close(y, PRODUCTS[product](x, model[0].weight))
+    y.sum().backward()
+    assert all(p.grad is None for p in li.adapter_parameters(model).values())
+
+
+def test_an_array_of_what_was_read_is_read_only() -> None:
+    model = layer_with_an_adapter()
+    array = model[0].weight.detach().numpy()
+    assert (array == (model[0].weight + 0).detach().numpy()).all()
+    with pytest.raises(ValueError, match="read-only"):
+        array.fill(1)
+
+
+def test_what_was_read_without_gradients_has_them_where_it_is_used_with_them() -> None:
+    """As a plain weight has; of a site with slices A got a gradient and B none."""
+    torch.manual_seed(0)
+    slices = {"q": 3, "k": 2, "v": 3}
+    rule = {"match": "0", "slices": slices, "adapt": ["q", "v"]}
+    model = fill(li.inject(nn.Sequential(nn.Linear(6, 8)), {"rank": 2, "targets": [rule]}))
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        read = model[0].weight
+    F.linear(x, read).square().sum().backward()
+    early = [p.grad.clone() for p in li.adapter_parameters(model).values()]
+    model.zero_grad()
+    F.linear(x, model[0].weight).square().sum().backward()
+    late = [p.grad for p in li.adapter_parameters(model).values()]
+    torch.testing.assert_close(early, late)
 
 
 def test_a_custom_function_finds_the_effective_weight_with_its_gain() -> None:

@@ -4,35 +4,34 @@ Most models only select a matrix from a stack, transpose it and multiply with it
 tensor with the shape, dtype and graph of the effective weight, but without memory.
 
 1. Questions about it are free.
-2. Products with it are thin (`weight.LowRank`).
-3. What selects or transposes, `.data` and `detach()` give a lazy weight again.
-4. What writes to it is refused, as the schema of each operation tells: W would stay as it is.
+2. Every view of it is a lazy weight again: the schema of the operation has an alias and no write.
+3. Products are thin (`weight.LowRank`) with all of it, with matrices picked from a stack, and with
+   these transposed.
+4. What writes to it is refused, as the schema of each operation tells: W would stay as it is. What
+   hands its memory on is refused, too, and an array of it is read-only.
 5. Any other operation gets the effective weight, formed below autograd, and its gradient reaches A
-   and B (`_Deferred`).
+   and B (`_Deferred`). None does from what is detached.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+import torch.utils.dlpack
 from torch import Tensor, nn
 
-from lora_inject.core.functional.factors import (
-    Patch,
-    cast_stack,
-    compute_dtype,
-    without_autocast,
-)
+from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain
-from lora_inject.core.functional.plain_operations import add_thin, differentiate
+from lora_inject.core.functional.patches import patch
+from lora_inject.core.functional.plain_operations import differentiate
+from lora_inject.core.functional.read import Read, View, is_autocast
 from lora_inject.core.functional.torch_inside import is_watched
-from lora_inject.core.functional.unstored import DEVICE, PICKED, called, unstored, writes
-from lora_inject.core.functional.weight import LowRank, low_rank
+from lora_inject.core.functional.unstored import DEVICE, called, is_view, unstored, writes
+from lora_inject.core.functional.weight import low_rank
 from lora_inject.errors import LayerError
 from lora_inject.private import look_up
 
@@ -47,13 +46,15 @@ def lazy_weight(
     *,
     used: Callable[[], None] = lambda: None,
     looks: bool = False,
+    kept: bool = False,
     gain: Gain | None = None,
 ) -> Tensor:
     """Return `W + sum of scale * B @ A`, times its gain: a `LazyWeight`, or formed at once.
 
     It is lazy if nothing traces or transforms the computation. `used` is called right before the
     first use of the value, and may raise. Reading shape, dtype or device of a lazy weight is not a
-    use; with `looks` neither is what only shows or copies it.
+    use; with `looks` neither is what only shows or copies it. With `kept` it may be used later with
+    gradients, though they are disabled now.
 
     Examples:
         >>> from lora_inject.core.spec.sites import SiteSpec
@@ -69,169 +70,103 @@ def lazy_weight(
         used()
         return low_rank(weight, patches, gain).formed(weight.dtype).reshape(weight.shape)
     read = Read(weight, patches, gain, used, looks)
-    if not torch.is_grad_enabled():
-        return _made(read, read.shape, weight.stride())
-    deferred: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
-    return deferred
-
-
-class Read:
-    """One reading of a weight, shared by all lazy weights that come from it.
-
-    Attributes:
-        leaves: The weight, and every tensor of its updates and of its gain.
-        shape: That of the value.
-        is_stack: Whether the weight is a stack, of which matrices are picked.
-        is_thin: Whether products are thin. A gain applies to the sum, not to its terms, and a
-            kernel is not a factor of a product.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        patches: Sequence[Patch],
-        gain: Gain | None,
-        used: Callable[[], None],
-        looks: bool,
-    ) -> None:
-        stacked = patches[0].spec.experts is not None if patches else weight.dim() == 3
-        matrices = weight.dim() == (3 if stacked else 2)
-        self.weight, self.patches, self.gain, self.shape = weight, patches, gain, weight.shape
-        factors = [t for patch in patches for t in (patch.A, patch.B)]
-        self.leaves = [weight, *factors, *(gain.tensors.values() if gain is not None else ())]
-        self.is_stack = matrices and weight.dim() == 3
-        self.is_thin = matrices and gain is None
-        self.mode = torch.is_grad_enabled()
-        self._used: Callable[[], None] | None = used
-        self._looks = looks
-        self._versions = self._versions_now()
-        self._matrices: dict[bool, list[LowRank]] = {}  # by whether factors stay wide
-
-    def _versions_now(self) -> list[int]:
-        return [0 if t.is_inference() else t._version for t in self.leaves]
-
-    def check(self, *, look: bool = False) -> None:
-        """Raise if the weight or its adapter has changed since; report the first use.
-
-        A `look` only shows or copies the value.
-        """
-        if self._versions_now() != self._versions:
-            raise LayerError(
-                "using a weight that was read in an earlier forward",
-                "its adapter, or the weight itself, was changed since",
-                "Read the weight again from its module, or keep a .clone() of it",
-            )
-        if self._used is not None and not (look and self._looks):
-            self._used()
-            self._used = None
-
-    def sum(self) -> LowRank:
-        """Return the weight and its updates, with the graph of the caller, none below autograd."""
-        return low_rank(self.weight, self.patches, self.gain)
-
-    def formed(self) -> Tensor:
-        """Return the same as one tensor in the weight's shape."""
-        return self.sum().formed(self.weight.dtype).reshape(self.shape)
-
-    @cached_property
-    def whole(self) -> LowRank:
-        """Return the same with the graph of the reading, for products."""
-        with torch.set_grad_enabled(self.mode):
-            return self.sum()
-
-    def matrix(self, index: int) -> LowRank:
-        """Return one matrix of a stack for products.
-
-        In training all matrices are cast to the dtype of the products and unbound together, so the
-        gradient of A is joined and cast once. In inference each matrix is taken separately, because
-        few of many experts may be used.
-        """
-        base, terms, float32, _ = self.whole
-        if not self.mode:
-            return self.whole.at(index)
-        wide = float32 or _is_autocast(base)
-        if wide not in self._matrices:
-
-            def cut(stack: Tensor) -> tuple[Tensor, ...]:
-                return _cut(stack if wide else cast_stack(stack, base.dtype))
-
-            each = [(cut(left), cut(right), s) for left, right, s in terms]
-            self._matrices[wide] = [
-                LowRank(one, tuple((left[i], right[i], s) for left, right, s in each), float32)
-                for i, one in enumerate(base.unbind())
-            ]
-        return self._matrices[wide][index]
+    if torch.is_grad_enabled():
+        return _attached(read)
+    if kept:
+        with torch.inference_mode(False), torch.enable_grad():
+            return _attached(read)
+    return _made(View(read), read.shape, weight.stride(), weight.dtype, cls=Unattached)
 
 
 class LazyWeight(Tensor):
-    """The weight that was read, or one or some of its matrices (`index`); maybe transposed."""
+    """What was read of a weight, or a view of it."""
 
-    _read: Read
-    _index: int | Tensor | None
-    _is_turned: bool
-    _formed: Tensor | None
-    _beneath: Tensor | None
+    # A slot of its own: `torch.utils.swap_tensors` refuses tensors of different slots.
+    __slots__ = ("_view",)
+    _view: View
 
-    @property
-    def is_stack(self) -> bool:
-        """Whether it is a whole stack, of which matrices can be picked."""
-        return self._read.is_stack and self._index is None
+    def _seen(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Return what an operation makes of it that copies nothing."""
+        view = self._view
+        is_cut = view.is_cut or func is _DETACH or not torch.is_grad_enabled()
+        if view.layout is None:
+            view.layout = self._without_values()
 
-    def part(self, index: int | Tensor) -> LazyWeight:
+        def lazy(out: Tensor, i: int | None = None) -> LazyWeight:
+            def step(formed: Tensor) -> Tensor:
+                made = func(formed, *args, **kwargs)
+                return made if i is None else made[i]  # type: ignore[no-any-return]
+
+            seen = View(view.read, None, False, is_cut, (view, step), out)
+            if func is _DETACH and view.step is None:
+                seen = View(view.read, view.index, view.is_turned, is_cut)
+            return self._made(seen, out.shape, out.stride(), out.dtype, out.storage_offset())
+
+        made = func(view.layout, *args, **kwargs)
+        if isinstance(made, Tensor):
+            return NotImplemented if made.is_conj() or made.is_neg() else lazy(made)
+        return [lazy(out, i) for i, out in enumerate(made)]
+
+    def _part(self, index: int | Tensor) -> LazyWeight:
         """Return one matrix of a stack, or some."""
-        size = self.shape[1:]
+        size, stride = self.shape[1:], None
         if isinstance(index, Tensor):
-            return _made(self._read, (len(index), *size), None, index, self._is_turned)
-        return _made(self._read, size, self.stride()[1:], index, self._is_turned)
+            size = torch.Size((len(index), *size))
+        else:
+            stride = self.stride()[1:]
+        return self._picked(size, stride, index, self._view.is_turned)
 
-    def turned(self) -> LazyWeight:
+    def _turned(self) -> LazyWeight:
         """Return it transposed."""
         size, stride = ((*t[:-2], t[-1], t[-2]) for t in (self.shape, self.stride()))
-        return _made(self._read, size, stride, self._index, not self._is_turned)
+        return self._picked(size, stride, self._view.index, not self._view.is_turned)
 
-    def detached(self) -> LazyWeight:
-        """Return the same without a graph."""
-        return _made(self._read, self.shape, self.stride(), self._index, self._is_turned)
+    def _picked(
+        self,
+        size: Sequence[int],
+        stride: Sequence[int] | None,
+        index: int | Tensor | None,
+        is_turned: bool,
+    ) -> LazyWeight:
+        is_cut = self._view.is_cut or not torch.is_grad_enabled()
+        return self._made(View(self._view.read, index, is_turned, is_cut), size, stride, self.dtype)
 
-    def value(self) -> LowRank:
-        """Return the sum that it represents, for products."""
-        self._read.check()
-        read, index = self._read, self._index
-        if isinstance(index, int):
-            weight = read.matrix(index)
-        else:
-            weight = read.whole if index is None else read.whole.at(index)
-        return weight.turned() if self._is_turned else weight
-
-    def formed(self, *, look: bool = False) -> Tensor:
-        """Return the effective weight as a plain tensor with a graph, formed once."""
-        if self._formed is None or not look:
-            self._read.check(look=look)
-        if self._formed is None:
-            with torch.set_grad_enabled(self._read.mode):
-                self._formed = self._form()
-        return self._formed
+    def _made(self, view: View, *layout: Any) -> LazyWeight:
+        """Return a view of it; in inference mode it is a tensor of that mode if this one is."""
+        if torch.is_inference_mode_enabled() and not self.is_inference():
+            with torch.inference_mode(False):
+                return _made(view, *layout)
+        return _made(view, *layout)
 
     def beneath(self) -> Tensor:
-        """Return the effective weight, formed once, for code that runs below autograd."""
-        self._read.check()
-        if self._beneath is None:
-            self._beneath = self._form().detach()
-        return self._beneath
+        """Return the effective weight, formed once, for code that runs below autograd.
+
+        Some of it asks whether there will be a backward: `torch.sparse.mm(..., "amax")` does.
+        """
+        formed = self._view.beneath()
+        return formed.detach().requires_grad_() if self.requires_grad else formed
+
+    def _shown(self) -> Tensor:
+        """Return the effective weight for a look."""
+        return self._view.formed(look=True)
 
     def _without_values(self) -> Tensor:
         layout = tuple(self.shape), self.stride()
         return torch.empty_strided(*layout, dtype=self.dtype, device="meta")
 
-    def _form(self) -> Tensor:
-        read, index = self._read, self._index
-        # In the weight's own layout.
-        formed = read.formed() if index is None else read.sum().at(index).formed(self.dtype)
-        return formed.mT if self._is_turned else formed
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse what would be set on W: what is detached is the caller's own but for its data."""
+        if not self._view.is_cut or name in ("data", "_is_param"):
+            _refuse_change("nn.Parameter" if name == "_is_param" else f"setting {name}")
+        super().__setattr__(name, value)
 
-    def _use_count(self) -> NoReturn:
-        """Refuse `torch.utils.swap_tensors`, which asks it of both tensors before it swaps."""
-        _refuse_change(torch.utils.swap_tensors)
+    def __deepcopy__(self, memo: object) -> Tensor:
+        """Return the effective weight as a plain tensor without a graph."""
+        return self._view.beneath(look=True).clone()
+
+    def __copy__(self) -> LazyWeight:
+        """Return itself: it cannot change."""
+        return self
 
     @classmethod
     def __torch_function__(
@@ -243,37 +178,40 @@ class LazyWeight(Tensor):
     ) -> Any:
         """Run a function of torch: by the rules above, or below autograd."""
         if func == _DEVICE:  # asked in each product: the shortest way
-            return args[0]._read.weight.device
-        if func in _WRITES:
-            _refuse_change(func)
-        if func in _DETACHES:
-            return args[0].detached()
+            return args[0]._view.read.weight.device
         kwargs = kwargs or {}
+        if cls is not LazyWeight and torch.is_grad_enabled() and func not in _LOOKS:
+            return called(func, args, kwargs, Unattached, Unattached.attached)
         result = _thin_product(func, args, kwargs)
         if result is not NotImplemented:
             return result
-        if func in _HOOKS:
+        if func in _WRITES or (func in _OF_OWN and not args[0]._view.is_cut):
+            _refuse_change(func.__name__)
+        if func in _HOOKS and not args[0]._view.is_cut:
             _refuse_hook(func)
-        if func == Tensor.__deepcopy__:
-            return args[0].formed(look=True).detach().clone()
         if func in _LOOKS:
-            return func(args[0].formed(look=True), *args[1:], **kwargs)
-        if func in _GET_IT_FORMED:
-            return called(func, args, kwargs, LazyWeight, LazyWeight.formed)
+            shown = args[0]._shown()
+            return _read_only(func(shown, *args[1:], **kwargs), shown)
+        if func in _GET_IT_FORMED and not any(map(_is_own_leaf, (*args, *kwargs.values()))):
+            return called(func, args, kwargs, LazyWeight, formed)
         return _run_plainly(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Select or transpose lazily, below autograd; form the weight for everything else."""
+        """View lazily, below autograd; form the weight for everything else."""
         if func is DEVICE:
-            return args[0]._read.weight.device
+            return args[0]._view.read.weight.device
         kwargs = kwargs or {}
-        result = PICKED[func](*args) if func in PICKED else func.decompose(*args, **kwargs)
+        result = _PICKED[func](*args) if func in _PICKED else NotImplemented
+        if result is NotImplemented and is_view(func):
+            result = func.decompose(*args, **kwargs)  # in inference mode
+            if result is NotImplemented and isinstance(args[0], LazyWeight):
+                result = args[0]._seen(func, args[1:], kwargs)
         if result is not NotImplemented:
             return result
-        if writes(func, args, kwargs, LazyWeight):
+        if writes(func, args, kwargs, LazyWeight) or func is _SHARES:
             _refuse_change(func)
         beneath = LazyWeight.beneath
         if str(kwargs.get("device")) == "meta":  # which asks for no value
@@ -281,14 +219,44 @@ class LazyWeight(Tensor):
         return called(func, args, kwargs, LazyWeight, beneath)
 
 
-def _refuse_change(func: object) -> NoReturn:
+class Unattached(LazyWeight):
+    """What a forward has read under `no_grad`: it gets its node, which is dear, when one is due."""
+
+    __slots__ = ()
+
+    def attached(self) -> LazyWeight:
+        """Return the same as if it had been read with gradients."""
+        return _attached(self._view.read)
+
+    def _shown(self) -> Tensor:
+        return self._view.beneath(look=True)
+
+
+def _refuse_change(what: object) -> NoReturn:
     """Raise for an operation that would change what was read."""
     raise LayerError(
-        f"{getattr(func, '__name__', func)} on what was read of a weight with an adapter",
+        f"{getattr(what, '__name__', what)} on what was read of a weight with an adapter",
         "it is W + delta, which is nowhere stored, and W would stay as it is",
         'Change a .clone() of it, or W itself: layer.get_parameter("weight"). Where the layer has '
         "an adapter and is to be replaced, call merge(model, eject=True) first",
     )
+
+
+def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that asks no class of its tensors, and takes none that was read."""
+
+    @functools.wraps(function)
+    def refusing(*args: Any) -> Any:
+        if any(isinstance(t, LazyWeight) for t in args):
+            _refuse_change(function)
+        return function(*args)
+
+    return refusing
+
+
+patch(torch.utils, "swap_tensors", _refusing)
+for _module in (torch, torch.utils.dlpack):  # else a pointer to nothing, and the end of the process
+    patch(_module, "to_dlpack", _refusing)
 
 
 def _refuse_hook(func: Callable[..., Any]) -> NoReturn:
@@ -304,21 +272,86 @@ def _refuse_hook(func: Callable[..., Any]) -> NoReturn:
 
 def formed(weight: Any) -> Any:
     """Return a weight, lazy or not, as a plain tensor, for a caller that passes it to a kernel."""
-    return weight.formed() if isinstance(weight, LazyWeight) else weight
+    return weight._view.formed() if isinstance(weight, LazyWeight) else weight
+
+
+def _is_own_leaf(t: object) -> bool:
+    """Whether a caller has made a leaf of a detached one, which gets its gradient by autograd."""
+    is_cut = isinstance(t, LazyWeight) and t._view.is_cut and torch.is_grad_enabled()
+    return is_cut and t.requires_grad  # type: ignore[attr-defined]
+
+
+def _read_only(made: Any, formed: Tensor) -> Any:
+    """Return what shows a formed weight; an array over its memory cannot be written to."""
+    if hasattr(made, "setflags") and made.ctypes.data == formed.data_ptr():
+        made.setflags(write=False)
+    return made
 
 
 def _made(
-    read: Read,
+    view: View,
     size: Sequence[int],
     stride: Sequence[int] | None,
-    index: int | Tensor | None = None,
-    turned: bool = False,
+    dtype: torch.dtype,
+    offset: int = 0,
+    cls: type[LazyWeight] = LazyWeight,
 ) -> LazyWeight:
-    weight = read.weight
-    made: LazyWeight = unstored(LazyWeight, size, stride, dtype=weight.dtype, device=weight.device)
-    made._read, made._index, made._is_turned = read, index, turned
-    made._formed = made._beneath = None
+    device = view.read.weight.device
+    made: LazyWeight = unstored(cls, size, stride, dtype=dtype, device=device, offset=offset)
+    _set_view(made, view)
     return made
+
+
+_set_view = LazyWeight._view.__set__  # type: ignore[attr-defined]
+
+# ------------------------------------------------------------- views with which products stay thin
+
+
+def _permuted(stack: Any, dims: Sequence[int] = (1, 0)) -> Any:
+    n, (*before, m, k) = stack.dim(), range(stack.dim())
+    turns = stack._view.step is None and [d % n for d in dims] == [*before, k, m]
+    return stack._turned() if turns else NotImplemented
+
+
+def _transposed(stack: Any, dim0: int, dim1: int) -> Any:
+    n = stack.dim()
+    turns = stack._view.step is None and {dim0 % n, dim1 % n} == {n - 2, n - 1}
+    return stack._turned() if turns else NotImplemented
+
+
+def _selected(stack: Any, dim: int, index: int) -> Any:
+    picks = stack._view.is_stack and dim in (0, -3)
+    return stack._part(index % len(stack)) if picks else NotImplemented
+
+
+def _unbound(stack: Any, dim: int = 0) -> Any:
+    picks = stack._view.is_stack and dim in (0, -3)
+    return [stack._part(i) for i in range(len(stack))] if picks else NotImplemented
+
+
+def _gathered(stack: Any, indices: Sequence[Tensor | None]) -> Any:
+    (index, *others) = indices
+    if others or not stack._view.is_stack or index is None or index.dim() != 1:
+        return NotImplemented
+    return NotImplemented if index.dtype in (torch.bool, torch.uint8) else stack._part(index)
+
+
+_PICKED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.t.default: _permuted,
+    torch.ops.aten.permute.default: _permuted,
+    torch.ops.aten.transpose.int: _transposed,
+    torch.ops.aten.select.int: _selected,
+    torch.ops.aten.unbind.int: _unbound,
+    torch.ops.aten.index.Tensor: _gathered,
+}
+
+# --------------------------------------------------------------------------------------- the node
+
+
+def _attached(read: Read) -> LazyWeight:
+    """Return what was read, with its node of autograd."""
+    deferred: LazyWeight = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
+    return deferred
 
 
 class _Deferred(torch.autograd.Function):
@@ -326,8 +359,8 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, read: Read, *_: Tensor) -> LazyWeight:
-        ctx.read = read
-        return _made(read, read.shape, read.weight.stride())
+        ctx.read, weight = read, read.weight
+        return _made(View(read), read.shape, weight.stride(), weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -337,29 +370,6 @@ class _Deferred(torch.autograd.Function):
             out = read.formed()
         g = g.to_dense() if g.is_sparse else g  # of a lookup that asks for it
         return None, *differentiate(out, read.leaves, ctx.needs_input_grad[1:], g, again=again)
-
-
-def _cut(stack: Tensor) -> tuple[Tensor, ...]:
-    matrices: tuple[Tensor, ...] = _Cut.apply(stack)  # type: ignore[no-untyped-call]
-    return matrices
-
-
-class _Cut(torch.autograd.Function):
-    """`stack.unbind()`; its backward makes one zero tensor for all matrices that were not used.
-
-    Of 128 experts a batch may use eight: torch's own would launch 120 zeros for each factor.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, stack: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return stack.detach().unbind()
-
-    @staticmethod
-    def backward(_: Any, *grads: Tensor | None) -> Tensor:
-        some = next(g for g in grads if g is not None)
-        zero = some.new_zeros(()).expand_as(some)
-        return torch.stack([zero if g is None else g for g in grads])
 
 
 # --------------------------------------------------------------------------------------- products
@@ -385,7 +395,7 @@ def _is_thin(product: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
         return False
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     return all(
-        t._read.is_thin
+        t._view.step is None and t._view.read.is_thin and not _is_own_leaf(t)
         if isinstance(t, LazyWeight)
         else type(t) in PLAIN and t.layout is torch.strided
         for t in tensors
@@ -396,30 +406,25 @@ def _fit(x: Any, weight: Any) -> bool:
     """Whether torch would multiply a plain x by a lazy weight; if not, torch raises its error."""
     if type(x) not in PLAIN or not isinstance(weight, LazyWeight) or x.device != weight.device:
         return False
-    return x.dtype == weight.dtype or _is_autocast(x)
-
-
-def _is_autocast(t: Tensor) -> bool:
-    kind = t.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+    return x.dtype == weight.dtype or is_autocast(x)
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
     thin = _fit(x, weight) and weight.dim() == 2
-    return weight.value().turned().product(x, bias) if thin else NotImplemented
+    return weight._view.value().turned().product(x, bias) if thin else NotImplemented
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Any) -> Any:
     """`torch.addmm` as a linear layer with the weight `(in, out)` uses it."""
     thin = _fit(x, weight) and type(bias) in PLAIN and bias.dim() == 1 and bias.dtype == x.dtype
-    return weight.value().product(x, bias) if thin and weight.dim() == 2 else NotImplemented
+    return weight._view.value().product(x, bias) if thin and weight.dim() == 2 else NotImplemented
 
 
 def _matmul(left: Any, right: Any) -> Any:
     if _fit(left, right) and left.dim() > 1:
-        return right.value().product(left)
+        return right._view.value().product(left)
     if _fit(right, left) and right.dim() in (2, 3):
-        return left.value().times(right)
+        return left._view.value().times(right)
     return NotImplemented
 
 
@@ -435,7 +440,7 @@ def _embedding(
     del norm_type
     if isinstance(ids, LazyWeight) or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
-    return weight.value().looked_up(ids, padding_idx)
+    return weight._view.value().looked_up(ids, padding_idx)
 
 
 def _grouped_mm(x: Tensor, weight: Any, offs: Tensor | None = None) -> Any:
@@ -451,7 +456,7 @@ def _grouped(multiply: Callable[..., Tensor], x: Tensor, weight: Any, offs: Tens
     thin = type(x) in PLAIN and isinstance(weight, LazyWeight) and x.dtype == weight.dtype
     if not thin or offs is None or x.dim() != 2 or weight.dim() != 3:
         return NotImplemented
-    return grouped_product(weight.value(), multiply, x, offs)
+    return weight._view.value().grouped(multiply, x, offs)
 
 
 # Those of them that this torch has; the first is the one that is called.
@@ -476,9 +481,19 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
 # Custom operations by name, as they exist once their library is imported.
 _OF_LIBRARIES = {"transformers.grouped_mm_fallback": _grouped_fallback}
 _DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
-_DETACHES = {Tensor.data.__get__, Tensor.detach}  # type: ignore[attr-defined]
-# Writes that no operation with a schema tells of; `x.data = W` would make the memory of W writable.
-_WRITES = {Tensor.data.__set__, Tensor.requires_grad_, Tensor.__setitem__}  # type: ignore[attr-defined]
+_DETACH = torch.ops.aten.detach.default
+_SHARES = torch.ops.aten.set_.source_Tensor  # its schema does not tell that two have one memory
+# Writes without a schema, and what hands on memory that could be written to.
+_WRITES = {
+    Tensor.__dlpack__,
+    Tensor.apply_,
+    Tensor.map_,
+    Tensor.map2_,
+    Tensor.share_memory_,
+    Tensor.storage,
+    Tensor.untyped_storage,
+}
+_OF_OWN = {Tensor.requires_grad_}  # of a detached one, which is the caller's own
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _LOOKS = {
     Tensor.__array__,
@@ -498,39 +513,4 @@ _GET_IT_FORMED = {
     F.conv_transpose2d,
     F.conv_transpose3d,
     F.multi_head_attention_forward,
-    Tensor.__dlpack__,
-    Tensor.storage,
-    Tensor.untyped_storage,
 }
-
-
-def grouped_product(
-    stack: LowRank, multiply: Callable[..., Tensor], x: Tensor, offs: Tensor
-) -> Tensor:
-    """Return the product of groups of rows, each with a matrix of its own.
-
-    `multiply` is called as `torch._grouped_mm` is: x `(rows, m)`, sorted by group, a stack of
-    matrices, and the end of each group. Rows behind the last are what it leaves there.
-    """
-
-    def of_groups(rows: Tensor, factor: Tensor) -> Tensor:
-        is_one = len(factor) > 1 and factor.stride(0) == 0  # that all groups share
-        return torch.matmul(rows, factor[0]) if is_one else multiply(rows, factor, offs=offs)
-
-    y = multiply(x, stack.base, offs=offs)
-    for left, right, scale in stack.terms:
-        # The kernels need rows of a multiple of 16 bytes, which a small rank does not give.
-        itemsize = compute_dtype(y.dtype, stack.float32).itemsize
-        missing = -left.shape[-1] % max(1, 16 // itemsize)
-        factors = _padded(left, (0, missing)), _padded(right, (0, 0, 0, missing))
-        with without_autocast(y) or nullcontext():
-            y = add_thin(y, x, *factors, scale, float32=stack.float32, multiply=of_groups)
-    return y
-
-
-def _padded(stack: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Return a stack with zeros at its end; a matrix that all share is padded once."""
-    if not any(padding):
-        return stack
-    is_one = len(stack) > 1 and stack.stride(0) == 0
-    return F.pad(stack[:1], padding).expand(len(stack), -1, -1) if is_one else F.pad(stack, padding)

@@ -1,4 +1,4 @@
-"""Functions of torch's classes that are others while modules have adapters.
+"""Functions of torch that are others while modules have adapters.
 
 A patch is for what torch has no hook for. It is stated where it is explained, put in with the first
 selection of the process, and taken back with the last.
@@ -9,18 +9,24 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-_ABSENT = object()  # the class inherits its own function
+_ABSENT = object()  # a class inherits the function
 
-_PATCHES: dict[tuple[type, str], Callable[[Callable[..., Any]], object]] = {}
-_IN_PLACE: dict[tuple[type, str], tuple[object, object]] = {}  # torch's own function, and ours
+Place = tuple[type | ModuleType, str]
+"""What has a function, and its name there."""
+
+_PATCHES: dict[Place, Callable[[Callable[..., Any]], object]] = {}
+_IN_PLACE: dict[Place, tuple[object, object]] = {}  # torch's own function, and ours
 _HOLDERS: weakref.WeakSet[object] = weakref.WeakSet()
 _CHANGING = threading.RLock()  # a holder may go while the same thread puts patches in
 
 
-def patch(owner: type, name: str, wrap: Callable[[Callable[..., Any]], object]) -> None:
-    """Have `wrap(function)` in the place of a function of a class while anything holds patches."""
+def patch(
+    owner: type | ModuleType, name: str, wrap: Callable[[Callable[..., Any]], object]
+) -> None:
+    """Have `wrap(function)` in the place of a function of torch while anything holds patches."""
     _PATCHES[owner, name] = wrap
 
 

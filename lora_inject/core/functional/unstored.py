@@ -4,9 +4,6 @@
 for a dense one of a device would leave p without memory, and the next read of p would end the
 process. So torch takes these for meta tensors, which no other tensor's data can be set to, and
 their class tells the device (`DEVICE`).
-
-What picks matrices of a stack or transposes them (`PICKED`) calls `part`, `turned` and `is_stack`
-of such a tensor. What is not a pick returns NotImplemented.
 """
 
 from __future__ import annotations
@@ -30,12 +27,14 @@ def unstored(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    offset: int = 0,
 ) -> Any:
     """Return a new tensor of a class whose `__torch_dispatch__` answers `DEVICE` with `device`."""
     return Tensor._make_wrapper_subclass(
         cls,
         size,
         stride,
+        None if stride is None else offset,
         dtype=dtype,
         device=_META,
         dispatch_device=True,
@@ -50,41 +49,12 @@ def _autocast_key(kind: str) -> Any:
     return None if key is None else torch._C.DispatchKeySet(key)
 
 
-def _permuted(stack: Any, dims: Sequence[int] = (1, 0)) -> Any:
-    last, n = [stack.dim() - 1, stack.dim() - 2], stack.dim()
-    return stack.turned() if [d % n for d in dims] == [*range(n - 2), *last] else NotImplemented
-
-
-def _transposed(stack: Any, dim0: int, dim1: int) -> Any:
-    n = stack.dim()
-    return stack.turned() if {dim0 % n, dim1 % n} == {n - 2, n - 1} else NotImplemented
-
-
-def _selected(stack: Any, dim: int, index: int) -> Any:
-    picks = stack.is_stack and dim in (0, -3)
-    return stack.part(index % len(stack)) if picks else NotImplemented
-
-
-def _unbound(stack: Any, dim: int = 0) -> Any:
-    picks = stack.is_stack and dim in (0, -3)
-    return [stack.part(i) for i in range(len(stack))] if picks else NotImplemented
-
-
-def _gathered(stack: Any, indices: Sequence[Tensor | None]) -> Any:
-    (index, *others) = indices
-    if others or not stack.is_stack or index is None or index.dim() != 1:
-        return NotImplemented
-    return NotImplemented if index.dtype in (torch.bool, torch.uint8) else stack.part(index)
-
-
-PICKED: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.t.default: _permuted,
-    torch.ops.aten.permute.default: _permuted,
-    torch.ops.aten.transpose.int: _transposed,
-    torch.ops.aten.select.int: _selected,
-    torch.ops.aten.unbind.int: _unbound,
-    torch.ops.aten.index.Tensor: _gathered,
-}
+@cache
+def is_view(func: object) -> bool:
+    """Whether what an operation returns is, or may be, its first argument in another form."""
+    schema = getattr(func, "_schema", None)  # an operation of higher order has none
+    aliases = [a.alias_info for a in schema.arguments if a.alias_info] if schema else []
+    return bool(aliases) and not any(alias.is_write for alias in aliases)
 
 
 def writes(func: object, args: Sequence[object], kwargs: Mapping[str, object], cls: type) -> bool:

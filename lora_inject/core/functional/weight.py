@@ -7,7 +7,7 @@ thin as the rank, and neither forward nor backward creates a tensor of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.core.functional.factors import Patch, Update, without_autocast
+from lora_inject.core.functional.factors import (
+    Patch,
+    Update,
+    compute_dtype,
+    without_autocast,
+)
 from lora_inject.core.functional.gain import Gain, norms_of
 from lora_inject.core.functional.linear import linear
 from lora_inject.core.functional.plain_operations import add_thin, embedding, spread
@@ -51,6 +56,11 @@ class LowRank(NamedTuple):
         terms = tuple((right.mT, left.mT, scale) for left, right, scale in self.terms)
         return LowRank(self.base.mT, terms, self.float32)
 
+    def detached(self) -> LowRank:
+        """Return the same without a graph."""
+        terms = tuple((left.detach(), right.detach(), scale) for left, right, scale in self.terms)
+        return LowRank(self.base.detach(), terms, self.float32)
+
     def at(self, index: int | Tensor) -> LowRank:
         """Return one or some matrices of a stack, which has no gain."""
         terms = tuple((left[index], right[index], scale) for left, right, scale in self.terms)
@@ -77,6 +87,27 @@ class LowRank(NamedTuple):
                 y = add_thin(y, x, left, right, scale, float32=self.float32, in_front=in_front)
         return y
 
+    def grouped(self, multiply: Callable[..., Tensor], x: Tensor, offs: Tensor) -> Tensor:
+        """Return the product of groups of rows, each with a matrix of its own.
+
+        `multiply` is called as `torch._grouped_mm` is: x `(rows, m)`, sorted by group, a stack of
+        matrices, and the end of each group. Rows behind the last are what it leaves there.
+        """
+
+        def of_groups(rows: Tensor, factor: Tensor) -> Tensor:
+            is_one = len(factor) > 1 and factor.stride(0) == 0  # that all groups share
+            return torch.matmul(rows, factor[0]) if is_one else multiply(rows, factor, offs=offs)
+
+        y = multiply(x, self.base, offs=offs)
+        for left, right, scale in self.terms:
+            # The kernels need rows of a multiple of 16 bytes, which a small rank does not give.
+            itemsize = compute_dtype(y.dtype, self.float32).itemsize
+            missing = -left.shape[-1] % max(1, 16 // itemsize)
+            factors = _padded(left, (0, missing)), _padded(right, (0, 0, 0, missing))
+            with without_autocast(y) or nullcontext():
+                y = add_thin(y, x, *factors, scale, float32=self.float32, multiply=of_groups)
+        return y
+
     def looked_up(self, ids: Tensor, padding_idx: int | None) -> Tensor:
         """Return `F.embedding(ids, self, padding_idx)`."""
         rows = F.embedding(ids, self.base, padding_idx)
@@ -85,6 +116,14 @@ class LowRank(NamedTuple):
 
     def _factors(self) -> list[Update]:
         return [Update(left.mT, right.mT, scale) for left, right, scale in self.terms]
+
+
+def _padded(stack: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """Return a stack with zeros at its end; a matrix that all share is padded once."""
+    if not any(padding):
+        return stack
+    is_one = len(stack) > 1 and stack.stride(0) == 0
+    return F.pad(stack[:1], padding).expand(len(stack), -1, -1) if is_one else F.pad(stack, padding)
 
 
 def low_rank(weight: Tensor, patches: Sequence[Patch], gain: Gain | None = None) -> LowRank:

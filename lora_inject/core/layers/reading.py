@@ -260,7 +260,8 @@ def _effective(
 
     # From outside a trained copy is lazy, too: a loader only looks it up, others may write to it.
     if outside or len(patches) > 0:
-        lazy = lazy_weight(value, patches, used=used, looks=True, gain=gain)
+        kept = outside and not torch.is_grad_enabled() and not in_forward()
+        lazy = lazy_weight(value, patches, used=used, looks=True, kept=kept, gain=gain)
         return formed(lazy) if OWN.nested else lazy
     used()
     return value
