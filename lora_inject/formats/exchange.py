@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import inspect
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 from lora_inject.core.adapter import native
 from lora_inject.core.adapter.other_tensors import with_every_expert
 from lora_inject.core.adapter.state import AdapterState
-from lora_inject.core.files.atomic import write_directory, write_file
+from lora_inject.core.files.atomic import explained, write_directory, write_file
 from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, check_type, user_path, within
 from lora_inject.formats import gguf, loralib, mlx, pipelines, servers
 from lora_inject.formats.format import SAFE, Files, Format
 from lora_inject.formats.model_facts import ModelFacts, Stated
 from lora_inject.formats.peft import folder
+from lora_inject.formats.read_back import check_read_back
 
 DEFAULT = "peft"
 """What is written where no format is named."""
@@ -77,7 +79,9 @@ FORMATS: dict[str, Format] = {
         loses=loralib.loses,
     ),
 }
-"""Name to row; detection asks in this order."""
+"""Name to row; detection asks those from outside first, then these in this order."""
+
+_BUILT_IN = (*FORMATS,)
 
 _OF_TORCHTUNE = (
     "it is an adapter of torchtune, whose own files are not read",
@@ -117,6 +121,11 @@ def format_of(name: str, asked: str = "") -> Format:
 def register_format(name: str, row: Format) -> Format:
     """Add a format from outside the package; detection tries it before the built-in ones.
 
+    What it writes is read back before it stands anywhere, by its `read` with the same facts, and
+    with those options of its `write` that its `read` has too. An adapter that comes back as another
+    one is a `FormatError` that names the site and the difference. So a `write` that does not know a
+    variant or a scaling refuses it.
+
     Args:
         name: The name for `format=`.
         row: Its functions.
@@ -144,10 +153,14 @@ def register_format(name: str, row: Format) -> Format:
     check_type(asked, row, Format, "Give a Format: write, read, detects", FormatError)
     if name in FORMATS:
         raise FormatError(f"register_format({name!r})", "the name is taken", "Choose another one")
-    others = dict(FORMATS)
-    FORMATS.clear()
-    FORMATS.update({name: row, **others})
+    FORMATS[name] = row
     return row
+
+
+def _as_asked() -> list[str]:
+    """Return the names in the order of detection: from outside, the last one first, then ours."""
+    outside = [name for name in [*FORMATS] if name not in _BUILT_IN]
+    return [*reversed(outside), *_BUILT_IN]
 
 
 def write_adapter(
@@ -219,7 +232,31 @@ def content_of(
         content = row.write(state, target, known, **own)
         remedy = "Return the bytes of the file, or of each file by its name"
         check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
+        if format not in _BUILT_IN:
+            _refuse_another(state, target.name, content, row, known, own)
     return target, content
+
+
+def _refuse_another(
+    state: AdapterState,
+    name: str,
+    content: bytes | Mapping[str, bytes],
+    row: Format,
+    facts: ModelFacts | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Read what a format from outside has written, in a folder for this; refuse another adapter."""
+    with tempfile.TemporaryDirectory(prefix="lora_inject_") as folder:
+        place = Path(folder, name)
+        with explained(place):
+            if isinstance(content, Mapping):
+                place.mkdir()
+            files = content.items() if isinstance(content, Mapping) else [("", content)]
+            for part, data in files:
+                (place / part).write_bytes(data)
+        known = {option: options[option] for option in options_of(row.read) if option in options}
+        found = with_every_expert(_checked(row.read(place, facts, **known)))
+    check_read_back(state, found, deltas_only=row.deltas_only)
 
 
 def completed(path: Path, row: Format) -> Path:
@@ -281,7 +318,7 @@ def detected(path: Path) -> str:
     """Return the first format that detects a path as its own; raise if there is none."""
     asked, files = f"read adapter '{path}'", Files(user_path("read adapter", path))
     with within(asked):
-        for name in FORMATS if path.exists() and path.name not in NOT_READ else ():
+        for name in _as_asked() if path.exists() and path.name not in NOT_READ else ():
             if FORMATS[name].detects(files):
                 return name
     raise FormatError(asked, *_why_none(path, files))

@@ -140,7 +140,10 @@ def test_every_extension_runs(tmp_path, forks):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_block_runs_or_says_why_not_and_links_lead_somewhere(name):
     text = (REPO / name).read_text()
+    public = {"lora_inject", *(f"lora_inject.{module}" for module in MODULES)}
     for block in blocks(text):
+        imported = re.findall(r"^ *(?:from|import) (lora_inject[\w.]*)", block.text, re.MULTILINE)
+        assert {*imported} <= public, f"{name}:{block.line}"
         assert block.language in LANGUAGES, f"{name}:{block.line}"
         if block.language == "text":
             assert re.fullmatch(r"<!-- not run: .+ -->", block.before), f"{name}:{block.line}"
