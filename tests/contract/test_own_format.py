@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -252,6 +253,16 @@ def test_options_and_facts_of_the_write_are_those_of_the_reading(
     assert li.read_adapter(path, name, key=7) == BASE
 
 
+@pytest.fixture
+def often() -> Iterator[None]:
+    """Let threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("often")
 def test_a_format_is_found_while_another_is_registered(register: Any, tmp_path: Path) -> None:
     """Registering emptied the table for a moment."""
     path = li.write_adapter(BASE, tmp_path / "adapter", "native")

@@ -134,6 +134,34 @@ def test_every_class_of_error_has_a_message_and_every_message_a_mistake() -> Non
     assert MESSAGES.keys() == MISTAKES.keys()
 
 
+def attending_in_a_nested_batch() -> None:
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    x = torch.nested.as_nested_tensor([torch.ones(1, 4), torch.ones(2, 4)])
+    attention(x, x, x)
+
+
+# What a user does to see a message that is a heading of docs/questions.md, in its order.
+QUESTIONS: tuple[Callable[[], object], ...] = (
+    lambda: net()["head"].requires_grad_(False)(torch.ones(8)).sum().backward(),
+    lambda: net().load_state_dict(injected().state_dict()),
+    attending_in_a_nested_batch,
+    lambda: li.unmerge(net()),
+    lambda: li.inject(net(), {"targets": ["head"], "train": ["head"]}),
+)
+
+
+def test_headings_of_questions_are_what_is_seen(tmp_path: Path) -> None:
+    """A search for a message has to find it; `...` stands for what differs."""
+    page = Path(__file__).parents[2] / "docs" / "questions.md"
+    quoted = re.findall(r'^## "(.+)"$', page.read_text(encoding="utf-8"), re.MULTILINE)
+    mistakes = (*QUESTIONS, lambda: an_adapter_of_another_base(tmp_path))
+    for heading, mistake in zip(quoted, mistakes, strict=True):
+        with pytest.raises(Exception) as raised:  # noqa: PT011 - torch's own words, too
+            mistake()
+        parts = [part.strip() for part in heading.split("...")]
+        assert [part for part in parts if part not in str(raised.value)] == []
+
+
 def test_what_a_message_names_in_the_package_exists() -> None:
     """Names in strings of the source: what is called, and what lies in a module."""
     package = Path(li.__file__).parent
