@@ -150,6 +150,7 @@ QUESTIONS: tuple[Callable[[], object], ...] = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_headings_of_questions_are_what_is_seen(tmp_path: Path) -> None:
     """A search for a message has to find it; `...` stands for what differs."""
     page = Path(__file__).parents[2] / "docs" / "questions.md"
