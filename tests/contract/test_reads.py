@@ -253,6 +253,7 @@ def test_what_it_shows_copies_and_saves_is_the_effective_weight() -> None:
     with torch.no_grad():
         read, wanted = reading.lazy(), reading.lazy().clone()
         assert str(read) == str(wanted)
+        assert f"{read[0, 0, 0]:.3f}" == f"{wanted[0, 0, 0]:.3f}"
     assert equal(wanted, reading.dense())
     assert not read.detach().requires_grad
     assert torch.equal(read, wanted)
@@ -323,6 +324,7 @@ VIEWS: dict[str, Callable[[Tensor], Any]] = {
     "unfolded": lambda w: w.unfold(0, 2, 2),
     "squeezed": lambda w: w.unsqueeze(0).squeeze(0),
     "a view of a view": lambda w: w[2:].view(-1)[3:].view(-1, 3),
+    "a part of its conjugate": lambda w: torch.view_as_complex(w.view(8, 3, 2)).conj().imag,
 }
 WRITES: dict[str, Callable[[Any], Any]] = {
     "zero_": lambda v: v.zero_(),
@@ -372,6 +374,39 @@ def test_a_view_of_what_was_read_has_the_values_and_gradients_of_the_dense_one(v
     wanted.square().sum().backward()
     got = {key.rpartition("_")[2]: p.grad for key, p in li.adapter_parameters(model).items()}
     torch.testing.assert_close(got, {"A": A.grad, "B": B.grad})
+
+
+def as_complex(w: Tensor) -> Tensor:
+    return torch.view_as_complex(w.reshape(8, 3, 2))
+
+
+CONJUGATING: dict[str, Callable[[Tensor], Tensor]] = {
+    "hfft2": torch.fft.hfft2,
+    "pinv": lambda w: torch.linalg.pinv(as_complex(w)),
+    "vecdot": lambda w: torch.linalg.vecdot(as_complex(w), as_complex(w)),
+    "conj": lambda w: as_complex(w).conj() * 1,
+    "einsum": lambda w: torch.einsum("ij,ik->jk", as_complex(w), as_complex(w).conj()),
+    "neg": lambda w: torch._neg_view(w) + 1,
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("what", CONJUGATING)
+def test_what_torch_conjugates_by_itself_is_conjugated(what: str, mode: Any) -> None:
+    """Below autograd no operand was: `hfft2` and `pinv` gave other numbers."""
+    model = layer_with_an_adapter()
+    wanted = CONJUGATING[what]((model[0].weight + 0).detach())
+    with mode():
+        made = CONJUGATING[what](model[0].weight)
+    torch.testing.assert_close(made.resolve_conj(), wanted.resolve_conj())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_gives_its_argument_back_can_be_written_to_no_more_than_that(mode: Any) -> None:
+    """In inference mode `type_as` gave what was read to whoever read it next, to be written to."""
+    model = layer_with_an_adapter()
+    with mode(), refused(li.LayerError, "W + delta", model=model):
+        model[0].weight.type_as(torch.zeros(1)).zero_()
 
 
 CUT: dict[str, Callable[[Tensor], Tensor]] = {

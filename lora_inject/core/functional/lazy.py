@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 import torch.utils.dlpack
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.gain import Gain
 from lora_inject.core.functional.patches import patch
 from lora_inject.core.functional.plain_operations import differentiate
 from lora_inject.core.functional.read import Read, View, is_autocast
-from lora_inject.core.functional.torch_inside import is_watched
+from lora_inject.core.functional.torch_inside import is_watched, resolving
 from lora_inject.core.functional.unstored import DEVICE, called, is_view, unstored, writes
 from lora_inject.core.functional.weight import low_rank
 from lora_inject.errors import LayerError
@@ -95,17 +96,18 @@ class LazyWeight(Tensor):
         def lazy(out: Tensor, i: int | None = None) -> LazyWeight:
             def step(formed: Tensor) -> Tensor:
                 made = func(formed, *args, **kwargs)
-                return made if i is None else made[i]  # type: ignore[no-any-return]
+                made = made if i is None else made[i]
+                return made.resolve_conj().resolve_neg()  # type: ignore[no-any-return]
 
+            out = out.conj() if out.is_conj() else out  # no lazy tensor has these bits
+            out = torch._neg_view(out) if out.is_neg() else out
             seen = View(view.read, None, False, is_cut, (view, step), out)
             if func is _DETACH and view.step is None:
                 seen = View(view.read, view.index, view.is_turned, is_cut)
             return self._made(seen, out.shape, out.stride(), out.dtype, out.storage_offset())
 
         made = func(view.layout, *args, **kwargs)
-        if isinstance(made, Tensor):
-            return NotImplemented if made.is_conj() or made.is_neg() else lazy(made)
-        return [lazy(out, i) for i, out in enumerate(made)]
+        return lazy(made) if isinstance(made, Tensor) else list(map(lazy, made, range(len(made))))
 
     def _part(self, index: int | Tensor) -> LazyWeight:
         """Return one matrix of a stack, or some."""
@@ -205,18 +207,21 @@ class LazyWeight(Tensor):
             return args[0]._view.read.weight.device
         kwargs = kwargs or {}
         result = _PICKED[func](*args) if func in _PICKED else NotImplemented
-        if result is NotImplemented and is_view(func):
-            result = func.decompose(*args, **kwargs)  # in inference mode
-            if result is NotImplemented and isinstance(args[0], LazyWeight):
-                result = args[0]._seen(func, args[1:], kwargs)
         if result is not NotImplemented:
             return result
-        if writes(func, args, kwargs, LazyWeight) or func is _SHARES:
-            _refuse_change(func)
-        beneath = LazyWeight.beneath
-        if str(kwargs.get("device")) == "meta":  # which asks for no value
-            beneath = LazyWeight._without_values
-        return called(func, args, kwargs, LazyWeight, beneath)
+        with resolving():
+            if isinstance(func, OpOverload):
+                result = func.decompose(*args, **kwargs)  # in inference mode
+            if result is NotImplemented and is_view(func) and isinstance(args[0], LazyWeight):
+                result = args[0]._seen(func, args[1:], kwargs)
+            if result is not NotImplemented:
+                return result
+            if writes(func, args, kwargs, LazyWeight) or func is _SHARES:
+                _refuse_change(func)
+            beneath = LazyWeight.beneath
+            if str(kwargs.get("device")) == "meta":  # which asks for no value
+                beneath = LazyWeight._without_values
+            return called(func, args, kwargs, LazyWeight, beneath)
 
 
 class Unattached(LazyWeight):
@@ -497,6 +502,7 @@ _OF_OWN = {Tensor.requires_grad_}  # of a detached one, which is the caller's ow
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _LOOKS = {
     Tensor.__array__,
+    Tensor.__format__,
     Tensor.__reduce_ex__,
     Tensor.__repr__,
     Tensor.data_ptr,

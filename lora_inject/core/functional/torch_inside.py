@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
@@ -50,6 +50,19 @@ def runs_plainly() -> bool:
     recomputation adds it again. So a result is written to only where no mode could keep it.
     """
     return not is_compiling() and not is_watched() and _n_modes() == 0
+
+
+@contextlib.contextmanager
+def resolving() -> Iterator[None]:
+    """Let operations see conjugated and negated operands as they are, as outside of a dispatch.
+
+    Inside of `__torch_dispatch__` torch leaves out what resolves them, for kernels too: what
+    conjugates by itself, as `torch.linalg.pinv` and `torch.fft.hfft2` do, got other numbers.
+    """
+    keys = torch._C.DispatchKey
+    exclude = torch._C._SetExcludeDispatchKeyGuard
+    with exclude(keys.Conjugate, False), exclude(keys.Negative, False):
+        yield
 
 
 def constant_in_graphs(function: F) -> F:
