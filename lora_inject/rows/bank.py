@@ -133,16 +133,17 @@ def _thin(x3: Tensor, A: Tensor) -> Tensor:
 class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x3: Tensor, A: Tensor) -> Tensor:
-        ctx.save_for_backward(x3, A)
+        of_x, of_A = ctx.needs_input_grad
+        ctx.save_for_backward(x3 if of_A else None, A if of_x else None)
+        ctx.x_dtype = x3.dtype
         return torch.bmm(x3.to(A.dtype), A.mT)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x3, A = ctx.saved_tensors
-        of_x, of_A = ctx.needs_input_grad
         return (
-            torch.bmm(g, A).to(x3.dtype) if of_x else None,
-            torch.bmm(g.mT, x3.to(A.dtype)) if of_A else None,
+            None if A is None else torch.bmm(g, A).to(ctx.x_dtype),
+            None if x3 is None else torch.bmm(g.mT, x3.to(g.dtype)),
         )
 
 

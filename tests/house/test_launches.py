@@ -1,6 +1,7 @@
 """What an adapter costs a device: at most so many launches and bytes of one layer, and no sync."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -154,6 +155,40 @@ def test_a_further_trial_adds_the_launches_of_its_own_optimizer_and_loss_alone()
     two, three, five = map(launches, (2, 3, 5))
     assert five - three == 2 * (three - two) <= 2 * 42
     assert two < 300
+
+
+X, H, MASK = 100 * 64 * 2, 100 * 4 * 2, 100 * 64  # bytes that a layer may keep of 100 tokens
+KEPT = [((), 0), (("A",), X), (("B",), X + H), (("A", "B"), X + H)]
+
+
+@pytest.mark.parametrize(
+    ("roles", "options", "routed", "most"),
+    [
+        *((roles, {}, False, most) for roles, most in KEPT),
+        *((roles, {"dropout": 0.1}, False, MASK + most) for roles, most in KEPT),
+        *((roles, {"compute": "float32"}, False, most and most + H) for roles, most in KEPT),
+        ((), {"variant": "dora"}, False, 0),
+        ((), {"compute": "float32"}, True, 0),
+    ],
+)
+def test_what_trains_nothing_keeps_no_more_than_a_frozen_layer(
+    roles: tuple[str, ...], options: dict[str, Any], routed: bool, most: int
+) -> None:
+    """Below a trained adapter and in a frozen policy it kept x and h in each layer."""
+    model = li.inject(nn.Sequential(nn.Linear(64, 32)), {"rank": 4, "targets": ["0"], **options})
+    for name, p in li.adapter_parameters(model.bfloat16()).items():
+        p.requires_grad_(name.rpartition("_")[2] in roles)
+    x, kept = torch.randn(100, 64, dtype=torch.bfloat16, requires_grad=True), {}
+
+    def pack(t: Tensor) -> Tensor:
+        if 100 in t.shape:  # else it is as small as the factors
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    rows = li.routed(model, ["default"] * 100) if routed else nullcontext()
+    with rows, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x).sum().backward()
+    assert sum(kept.values()) <= most
 
 
 def test_autocast_casts_an_input_once_where_a_mode_watches() -> None:

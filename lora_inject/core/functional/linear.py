@@ -2,9 +2,10 @@
 
 1. Where anything watches (a compiler, a trace, a transform, a dispatch mode), or x is sparse, it is
    the formula in plain operations (`plain_operations`).
-2. Else, with gradients, it is one autograd Function. It keeps x, which the frozen layers around it
-   keep too, `h = x A^T`, which is thin, and which elements were dropped. It casts the thin factors
-   and never x, unless the low-rank arithmetic is wider than x.
+2. Else, with gradients, it is one autograd Function. It keeps x, `h = x A^T`, which is thin, and
+   which elements were dropped; of an update that takes no gradient, as the frozen layer, none of
+   them but the last. It casts the thin factors and never x, unless the low-rank arithmetic is wider
+   than x.
 3. Without gradients it is the forward of that Function.
 4. Where outputs have gains, 2 and 3 multiply by W + delta itself (`gained_linear`).
 
@@ -197,7 +198,7 @@ def _forward(
 class _Kept(NamedTuple):
     """What the backward of one update needs besides x."""
 
-    h: Tensor  # `drop(x) A^T`, `(n, rank * parts)`
+    h: Tensor | None  # `drop(x) A^T`, `(n, rank * parts)`; None where B takes no gradient
     A: Tensor  # both factors in the dtype of the product
     B: Tensor
     mask: Tensor | None  # the kept elements of x, bool `(n, in)`; None without dropout
@@ -246,8 +247,12 @@ class _Linear(torch.autograd.Function):
         y, kept = _forward(
             x, weight, bias, updates, transposed=transposed, float32=float32, low=low, total=total
         )
-        ctx.how = how
-        ctx.save_for_backward(x, weight, bias, *of_sum, *factors, *kept)
+        ctx.how, ctx.x_shape, ctx.x_dtype = how, x.shape, x.dtype
+        of_weight, of_factors = ctx.needs_input_grad[1], ctx.needs_input_grad[5:]
+        kept_x = x if of_weight or any(of_factors) else None
+        for i, of_B in enumerate(of_factors[1::2]):
+            kept[4 * i] = kept[4 * i] if of_B else None
+        ctx.save_for_backward(kept_x, weight, bias, *of_sum, *factors, *kept)
         # On a CPU `F.linear` of a batch is a view of a matrix. Autograd forbids to change a view
         # that a Function returns, and models do change a layer's output in place.
         return no_view(y, y.shape)
@@ -263,6 +268,9 @@ def _saved(
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None], list[Tensor], list[_Kept]]:
     """Return x, weight, bias, all but the total of `Formed`, factors, and what each update kept."""
     x, weight, bias, left, right, within, *rest = ctx.saved_tensors
+    if x is None:  # no gradient depends on its values
+        x = weight.new_empty((), dtype=ctx.x_dtype).expand(ctx.x_shape)
+        x = x.requires_grad_(ctx.needs_input_grad[0])
     n = 2 * len(ctx.how.terms)
     kept = [_Kept(*rest[i : i + 4]) for i in range(n, len(rest), 4)]
     return x, weight, bias, [left, right, within], rest[:n], kept
@@ -300,13 +308,14 @@ def _of_update(
     """Return the gradients of A and B as far as they are needed; add that of x to `gx` in place."""
     h, A, B, mask = kept
     # Made of g, and never by `out=`: g may be a batch of gradients (`is_grads_batched`).
-    gh, gA, gB, scale = g2.new_empty(h.shape), None, None, u.scale / (1 - u.dropout)
+    gh, gA, gB = g2.new_empty(len(x2), len(A)), None, None
+    scale = u.scale / (1 - u.dropout)
     for g_part, gh_part, B_part in _parts(u, g2, gh, B):
         gh_part.addmm_(g_part, B_part, beta=0)
     if needs[0]:
         inputs = cast(x2, g2.dtype)
         gA = _scaled_product(gh.t(), inputs if mask is None else inputs * mask, scale)
-    if needs[1]:
+    if h is not None:
         gB = g2.new_empty(B.shape)
         for g_part, h_part, gB_part in _parts(u, g2, h, gB):
             gB_part.addmm_(g_part.t(), h_part, beta=0, alpha=u.scale)
