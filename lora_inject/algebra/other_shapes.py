@@ -23,7 +23,7 @@ from lora_inject.core.adapter.other_tensors import (
     under_names,
     with_every_expert,
 )
-from lora_inject.core.adapter.site_state import SiteState
+from lora_inject.core.adapter.site_state import FLOATS, SiteState
 from lora_inject.core.adapter.state import AdapterState
 from lora_inject.core.functional.finite import lost_by_cast
 from lora_inject.core.spec.names import joined
@@ -60,10 +60,10 @@ def as_dtype(adapter: Adapter, dtype: torch.dtype) -> AdapterState:
 
     Args:
         adapter: A value, or the path of its files.
-        dtype: A floating point dtype.
+        dtype: float16, bfloat16, float32 or float64.
 
     Raises:
-        StateError: `dtype` is not one, or values are too large or too small for it.
+        StateError: `dtype` is another one, or values are too large or too small for it.
 
     Examples:
         >>> a = AdapterState({}, trained={"head.weight": torch.ones(2, 4)})
@@ -73,8 +73,9 @@ def as_dtype(adapter: Adapter, dtype: torch.dtype) -> AdapterState:
     asked = f"as_dtype {dtype}"
     state = state_of(adapter, asked)
     check_type(asked, dtype, torch.dtype, "Give torch.bfloat16")
-    if not dtype.is_floating_point:
-        raise StateError(asked, "it is not a floating point dtype", "Give torch.bfloat16")
+    if dtype not in FLOATS:
+        problem = "an adapter's tensors are of float16, bfloat16, float32 or float64"
+        raise StateError(asked, problem, "Give torch.bfloat16")
 
     def cast(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: _cast(t, dtype, f"{asked}, '{name or key}'") for key, t in tensors.items()}

@@ -18,6 +18,7 @@ from lora_inject.core.spec.names import nearest
 from lora_inject.errors import CheckpointError, FormatError, user_path
 from lora_inject.formats.clients import Objection, objections
 from lora_inject.formats.exchange import losses_of, read_adapter, write_adapter
+from lora_inject.formats.hub import located
 from lora_inject.formats.model_facts import ModelFacts
 
 
@@ -68,8 +69,9 @@ def convert(
     if isinstance(adapter, AdapterState):
         state = adapter
     else:
-        state = read_adapter(adapter, facts=facts, **(reading or {}))
-        facts = _completed(facts, user_path("convert", adapter))
+        files = located(adapter, "convert")
+        state = read_adapter(files, facts=facts, **(reading or {}))
+        facts = _completed(facts, files)
     if of is not None:
         _check_in_base(state, of, facts)
     path = write_adapter(state, output, to, facts=facts, **options)
@@ -147,4 +149,4 @@ def check_adapter(
         ["SGLang would apply another scale to '0 (1.5 for 2.121)'"]
     """
     facts = ModelFacts() if base is None else class_of(base).facts()
-    return objections(user_path("check", adapter), client, facts)
+    return objections(located(adapter, "check"), client, facts)

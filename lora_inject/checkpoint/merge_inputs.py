@@ -26,8 +26,9 @@ from lora_inject.core.files.strict_json import parse_table
 from lora_inject.core.functional.finite import all_finite
 from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.sites import SiteSpec
-from lora_inject.errors import CheckpointError, check_list, check_type, user_path, within
+from lora_inject.errors import CheckpointError, check_list, check_type, within
 from lora_inject.formats.exchange import read_adapter
+from lora_inject.formats.hub import located
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def read_weighted(
     Raises:
         FormatError: The adapter cannot be read correctly.
     """
-    path = user_path("read adapter", path)
+    path = located(path, "read adapter")
     facts = base.facts
     config_file = path / "adapter_config.json"
     if config_file.is_file():

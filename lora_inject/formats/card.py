@@ -17,18 +17,21 @@ from lora_inject.version import __version__
 
 
 def joined_cards(theirs: str, ours: str) -> str:
-    r"""Merge two cards; where fields of the front matter differ, `ours` wins.
+    r"""Merge two cards; where fields of the front matter differ, `ours` wins; one may have none.
 
     Examples:
         >>> joined_cards("---\na: 1\nb: 1\n---\nhis", "---\nb: 2\n---\nhers")
         '---\na: 1\nb: 2\n---\nhis\n\nhers'
+        >>> joined_cards("his", "---\nb: 2\n---\nhers")
+        '---\nb: 2\n---\nhis\n\nhers'
     """
     front: dict[str, Any] = {}
     bodies = []
     for card in (theirs, ours):
-        _, said, body = card.split("---\n", 2)
-        front |= yaml.safe_load(said) or {}
-        bodies.append(body.strip())
+        parts = card.split("---\n", 2)
+        has_front = len(parts) == 3 and not parts[0].strip()
+        front |= (yaml.safe_load(parts[1]) or {}) if has_front else {}
+        bodies.append((parts[2] if has_front else card).strip())
     return "\n".join(["---", yaml.safe_dump(front).rstrip(), "---", "\n\n".join(bodies)])
 
 

@@ -24,6 +24,7 @@ from lora_inject.core.spec.names import nearest
 from lora_inject.errors import FormatError, check_type, user_path, within
 from lora_inject.formats import gguf, loralib, mlx, pipelines, servers
 from lora_inject.formats.format import SAFE, Files, Format
+from lora_inject.formats.hub import located
 from lora_inject.formats.model_facts import ModelFacts, Stated
 from lora_inject.formats.peft import folder
 from lora_inject.formats.read_back import check_read_back
@@ -290,7 +291,7 @@ def read_adapter(
     and writing refuse them.
 
     Args:
-        path: Where from.
+        path: Where from; or `user/name` on the Hugging Face hub, if a text is no path that exists.
         format: Name of a row of `FORMATS`; None detects it from the files.
         facts: What is known of the model (`formats.ModelFacts`), or a function that says it; single
             facts may be given as options.
@@ -302,7 +303,7 @@ def read_adapter(
     Raises:
         FormatError: There is no adapter, or it cannot be read.
     """
-    place, is_detected = user_path("read adapter", path), format is None
+    place, is_detected = located(path, "read adapter"), format is None
     format = format or detected(place)  # noqa: A001
     row = format_of(format, f"read adapter '{path}'")
     with within(f"read {format} adapter '{path}'"):
@@ -329,6 +330,8 @@ def _why_none(path: Path, files: Files) -> tuple[str, str]:
     if not path.exists():
         beside = sorted(path.parent.glob(f"{glob.escape(path.name)}.*")) if path.name else []
         remedy = f"Give '{beside[0]}'" if len(beside) == 1 else "Check the path"
+        if len(path.parts) == 2 and not path.parent.exists():  # as a name of the hub
+            remedy += f"; an adapter of the hub is fetched by: hf download {path}"
         return "there is no such file or directory", remedy
     for file, why in NOT_READ.items():
         if files.has(file) or path.name == file:

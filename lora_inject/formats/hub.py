@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.core.spec.names import nearest
-from lora_inject.errors import FormatError
+from lora_inject.errors import FormatError, user_path
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _PEFT = ["adapter_config.json", "adapter_model.safetensors"]
@@ -35,6 +35,15 @@ def is_repo(path: str | os.PathLike[str], revision: str | None = None) -> bool:
         remedy = f'{meant}. If a repository of the hub is meant, say revision="main"'
         raise FormatError(f"load {path!r}", f"the folder '{folder}' has no '{name}'", remedy)
     return True
+
+
+def located(path: str | os.PathLike[str], asked: str) -> Path:
+    """Return where an adapter's files are: a path, or the files of `user/name` on the hub.
+
+    Raises:
+        FormatError: It is no path, or as `on_disk` raises.
+    """
+    return on_disk(user_path(asked, path), path, None, asked)
 
 
 def on_disk(place: Path, path: str | os.PathLike[str], revision: str | None, asked: str) -> Path:
@@ -62,10 +71,11 @@ def download(repo: str, revision: str | None) -> Path:
                 problem = f"it holds no {_PEFT[1]}, and a pickle (adapter_model.bin) is not read"
                 raise FormatError(asked, problem, "Ask its author for safetensors")
             return folder
-        files = hub.HfApi().list_repo_files(repo, revision=revision)
+        info = hub.HfApi().model_info(repo, revision=revision)
+        files = [file.rfilename for file in info.siblings]
         tensors = [file for file in files if file.endswith(".safetensors")]
-        if len(tensors) == 1:
-            return Path(hub.hf_hub_download(repo, tensors[0], revision=revision))
+        if len(tensors) == 1:  # of the commit that was listed
+            return Path(hub.hf_hub_download(repo, tensors[0], revision=info.sha))
     held = f"it holds no adapter_config.json and {len(tensors)} safetensors files, not one"
     problem = f"{held}: {', '.join(files[:8]) or 'nothing'}"
     raise FormatError(asked, problem, "Download one of the files and give its path")

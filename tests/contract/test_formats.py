@@ -387,10 +387,13 @@ def test_nan_is_read_and_not_handed_on(name: str, tmp_path: Path) -> None:
 def test_one_file_of_a_folder_is_the_folder_if_it_is_there(name: str, tmp_path: Path) -> None:
     file = tensors_file(name, written(name, tmp_path))
     config, _ = CASES[name].config
+    assert read(name, file) == read(name, file.parent)
     lone = [shutil.copy(file, tmp_path / file.name)]
     lone.append(shutil.copy(file, tmp_path / "sql.safetensors"))  # known by its keys
-    assert read(name, file) == read(name, file.parent)
     for path in lone:
+        if name == "peft":  # its header holds the config
+            assert li.read_adapter(path) == read(name, file)
+            save_file(load_file(path), path)
         with refused(li.FormatError, config):
             li.read_adapter(path)
 

@@ -95,6 +95,41 @@ def test_a_single_file_of_another_format_is_found(hub: Hub, tmp_path: Path) -> N
         li.load_adapter(base(), "user/one")
 
 
+def test_every_function_knows_the_names_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    model = adapted()
+    li.push(model, "user/sql")
+    base().save_pretrained(tmp_path / "base")
+    state = li.read_adapter("user/sql")
+    assert state == li.adapter_state(model)
+    assert li.diff("user/sql", state).cosine == pytest.approx(1)
+    assert li.truncate("user/sql", rank=2)[0].sites.keys() == state.sites.keys()
+    assert li.combine(["user/sql", "user/sql"], [0.5, 0.5]).sites.keys() == state.sites.keys()
+    li.swap_adapter(fill(model, std=1.0), "user/sql")
+    assert li.adapter_state(model).sites == state.sites
+    li.convert("user/sql", tmp_path / "portable", "portable")
+    assert not [found for found in li.check_adapter("user/sql", "vllm==0.32") if found.stops]
+    merged = tmp_path / "merged"
+    li.merge_checkpoint(tmp_path / "base", ["user/sql"], merged)
+    torch.testing.assert_close(logits(type(model).from_pretrained(merged)), logits(model))
+
+
+class Moving(dict[str, Any]):
+    """A repository whose main branch gets another commit whenever it is asked for anything."""
+
+    def items(self) -> Any:
+        self[f"commit {len(self)}"] = self["main"]
+        (content,) = self["main"].values()
+        self["main"] = {f"{len(self)}.safetensors": content}
+        return list(super().items())
+
+
+def test_a_single_file_is_of_the_commit_that_was_listed(hub: Hub, tmp_path: Path) -> None:
+    model = adapted()
+    file = li.save_adapter(model, tmp_path / "a.safetensors", format="native")
+    hub.repos["user/one"] = Moving(main={"a.safetensors": file.read_bytes()})
+    assert_loads("user/one", model)
+
+
 def test_what_cannot_be_had_is_said_in_plain_words(hub, monkeypatch, tmp_path) -> None:
     from huggingface_hub import constants
 

@@ -449,6 +449,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["'h.0.fc'", "float16", "torch.bfloat16"],
     ),
     "no floating point": (lambda: li.algebra.as_dtype(ONE, torch.int8), ["int8"]),
+    "8 bits": (lambda: li.algebra.as_dtype(ONE, torch.float8_e4m3fn), ["float8", "bfloat16"]),
     "no values": (lambda: li.truncate(on_meta(), rank=1), ["meta"]),
     "neither rank nor energy": (lambda: li.truncate(ONE), ["rank", "energy"]),
     "no rank": (lambda: li.truncate(ONE, rank=0), ["rank"]),

@@ -25,8 +25,9 @@ from lora_inject.core.model.slots import placed
 from lora_inject.core.roots.root import Injected, adapted_modules, alone, check_unmerged, entries
 from lora_inject.core.spec.names import nearest
 from lora_inject.core.spec.sites import meaning
-from lora_inject.errors import FormatError, LayerError, user_path, within
+from lora_inject.errors import FormatError, LayerError, within
 from lora_inject.formats.exchange import read_adapter
+from lora_inject.formats.hub import located
 from lora_inject.formats.live_models import facts_about
 
 M = TypeVar("M", bound=nn.Module)
@@ -58,7 +59,7 @@ def swap_adapter(
 
     Args:
         model: The root, or a module that holds it.
-        source: The adapter as a value, or the path of its files.
+        source: The adapter as a value, or the path of its files, or `user/name` on the hub.
         name: The adapter on the model whose values are replaced.
         base: How sure to be of the base; see `load_adapter`.
         format: For files: a row of `formats.FORMATS`; by default it is detected from the files.
@@ -95,7 +96,7 @@ def swap_adapter(
         with within(asked):
             state.check_tensors()
     else:
-        files, whose = user_path(asked, state), f"{asked} for {str(source)!r}"
+        files, whose = located(state, asked), f"{asked} for {str(source)!r}"
         state = read_adapter(files, format, facts=lambda: facts_about(survey), **options)
     state = fit(survey, state, (), base, leave_new=False, asked=whose)
     _check_same("site", slot.sites.keys(), state.sites.keys(), asked, fewer=adapter.is_slot)

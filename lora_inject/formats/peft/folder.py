@@ -210,10 +210,8 @@ def _is_of_unsloth(config: Mapping[str, Any]) -> bool:
 
 def _edited(config: Mapping[str, Any], header: Mapping[str, str]) -> list[str]:
     """Return the fields that mean something else now than when the tensors were written."""
-    written = parse_table(header.get(CONFIG_KEY, "{}"), f"metadata {CONFIG_KEY!r}")
-    return [
-        name for name in _MEANINGS if _meant(config.get(name)) != _meant(written.get(PREFIX + name))
-    ]
+    written = _config_in(header)
+    return [name for name in _MEANINGS if _meant(config.get(name)) != _meant(written.get(name))]
 
 
 def _meant(value: Any) -> Any:
@@ -366,18 +364,30 @@ def detects(files: Files) -> bool:
 
 
 def opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Return the config of a directory, its tensors, and the text of their header."""
+    """Return the config of a directory, its tensors, and the text of their header.
+
+    A file that was written here has the config in its header and may stand alone.
+    """
     if not path.is_dir():
+        tensors, text = read_tensors(path)
+        if config := _config_in(text):
+            return config, tensors, text
         problem = f"there is no {CONFIG} beside it, which holds the alpha"
         raise FormatError("", problem, f"Fetch that, and give the folder with it and {MODEL}")
     remedy = "Check the path"
     if inside := _adapters_in(path):
         remedy = f"Give one of its subfolders {one_line(inside)}; the newest: '{path / inside[-1]}'"
-    config = part_of_folder(path, CONFIG, remedy)
+    file = part_of_folder(path, CONFIG, remedy)
     remedy = f"Copy the whole directory; from {PICKLE}, a pickle that can run code, or from "
     remedy += "several files PEFT makes one, where you trust it: load it and save_pretrained"
     model = part_of_folder(path, MODEL, remedy)
-    return (parse_table(config.read_bytes(), CONFIG), *read_tensors(model))
+    return (parse_table(file.read_bytes(), CONFIG), *read_tensors(model))
+
+
+def _config_in(header: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of the config that the header of the tensors holds; or none."""
+    held = parse_table(header.get(CONFIG_KEY, "{}"), f"metadata {CONFIG_KEY!r}")
+    return {k.removeprefix(PREFIX): value for k, value in held.items() if k.startswith(PREFIX)}
 
 
 def _adapters_in(path: Path) -> list[str]:
