@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.functional.torch_inside import version_of
+
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OF_TORCH = frozenset(nn.Module().__dict__)
 _HOOKS = [key for key in nn.Module().__dict__ if key.startswith("_forward_")]
@@ -165,11 +167,6 @@ def alike(one: Any, other: Any, depth: int = _DEPTH) -> bool:
         same = mine.keys() == its.keys()
         return same and all(alike(value, its[key], depth - 1) for key, value in mine.items())
     return all(alike(a, b, depth - 1) for a, b in zip(mine, its, strict=True))
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was written to; one of inference mode does not know."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def rows_alike(one: Tensor, other: Tensor) -> bool:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lora_inject.core.functional.torch_inside import version_of
 from lora_inject.core.layers.adapted import Adapted
 from lora_inject.core.layers.attached import Attached, attached_to
 from lora_inject.core.layers.candidates import inventory
@@ -54,7 +55,6 @@ from lora_inject.rows.kept import (
     items,
     random_kept,
     rows_alike,
-    version_of,
 )
 
 _PLAIN = (Tensor, *PLAIN)

@@ -545,3 +545,13 @@ def test_a_module_in_train_that_moves_its_buffers_is_refused_and_they_are_put_ba
         assert same_bits(mean, before)
     model.eval()
     model(x)
+
+
+def test_what_moves_a_buffer_unseen_after_the_first_forward_is_told_by_a_save(tmp_path) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), Centers("still")), torch.randn(5, 3)
+    li.inject(model, {"rank": 1, "targets": ["0"], "train": ["1"]})
+    model(x)
+    model[1].how = "data"
+    model(x)
+    with refused(li.StateError, "'1.mean'", model=model):
+        li.save_adapter(model, tmp_path / "adapter")

@@ -107,6 +107,20 @@ def test_no_sync_and_no_cpu_tensor_between_inject_and_eject(
         _watch(model, inputs, grad=False)
 
 
+def test_buffers_of_a_module_that_trains_in_full_are_compared_once() -> None:
+    """Each forward in training copied and compared all of them, for which the host waits."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).train()
+    li.inject(model, {"rank": 2, "targets": ["0"], "train": ["1"]})
+    model[1].momentum = 0.0
+    model[1].num_batches_tracked = None  # it counts
+    x, ways = torch.randn(4, 6), []
+    for _ in range(3):
+        with table.Counted() as counted:
+            model(x)
+        ways.append(counted.launches["clone"] + len(counted.syncs))
+    assert ways[2] == 0 < ways[0], ways
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "unequal slices", "embedding", "conv 2d"])
 def test_routed_rows_need_no_sync_and_no_cpu_tensor(kind: str, options: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_inject.core.functional.factors import Patch, cast_stack
 from lora_inject.core.functional.gain import Gain
+from lora_inject.core.functional.torch_inside import version_of
 from lora_inject.core.functional.weight import LowRank, low_rank
 from lora_inject.errors import LayerError
 
@@ -50,7 +51,7 @@ class Read:
         self._matrices: dict[bool, list[LowRank]] = {}  # by whether factors stay wide
 
     def _versions_now(self) -> list[int]:
-        return [0 if t.is_inference() else t._version for t in self.leaves]
+        return list(map(version_of, self.leaves))
 
     def check(self, *, look: bool = False) -> None:
         """Raise if the weight or its adapter has changed since; report the first use.

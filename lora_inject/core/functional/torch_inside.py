@@ -65,6 +65,11 @@ def resolving() -> Iterator[None]:
         yield
 
 
+def version_of(t: torch.Tensor) -> int:
+    """Return a number that writes to a tensor change; it stays 0 where torch counts none."""
+    return 0 if t.is_inference() else t._version
+
+
 def constant_in_graphs(function: F) -> F:
     """Let dynamo run a function while it traces, and keep what it returned as a constant.
 

@@ -153,6 +153,20 @@ def factors_of(
     ]
 
 
+class Still(NamedTuple):
+    """A buffer that no forward may move.
+
+    Attributes:
+        buffer: The tensor.
+        version: Its version; None until its values were compared after a forward.
+        values: A copy of its values.
+    """
+
+    buffer: Tensor
+    version: int | None
+    values: Tensor
+
+
 NOBODY: tuple[Selected | None, tuple[Recipe, ...]] = None, ()
 
 
@@ -184,6 +198,8 @@ class Attached:
         # For each thread that runs a forward of the module: the effective weights read in it, and
         # the hooks on saved tensors that it was entered with.
         self.running: dict[int, tuple[dict[Hashable, Tensor], Hooks | None]] = {}
+        # Where a copy trains: the saved buffers of the module, as the last forward found them.
+        self.still: dict[str, Still] = {}
         # Marks of the entries that forwards have used: a set, to which several threads may add.
         self.took_part: set[str] = set()
         # Whose updates on the output were looked up last, and these: one object, which another
@@ -283,7 +299,7 @@ class Attached:
         return threading.get_ident() in self.running
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_chosen": NOBODY, "running": {}}
+        return {**self.__dict__, "last_chosen": NOBODY, "running": {}, "still": {}}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)

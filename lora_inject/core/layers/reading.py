@@ -28,12 +28,18 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_inject.core.functional.factors import Patch
 from lora_inject.core.functional.lazy import formed, lazy_weight
-from lora_inject.core.functional.torch_inside import in_forward, is_watched, saving_hooks
+from lora_inject.core.functional.torch_inside import (
+    in_forward,
+    is_watched,
+    saving_hooks,
+    version_of,
+)
 from lora_inject.core.layers.attached import (
     GATHERED,
     Attached,
     Carrier,
     Entry,
+    Still,
     check_mixed,
     held_by,
 )
@@ -343,9 +349,9 @@ def run_reading(layer: Carrier, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     thread, running = threading.get_ident(), layer._lora.running
     outer, running[thread] = running.get(thread), ({}, saving_hooks())
     try:
-        before = _saved_buffers(layer) if layer._buffers and layer.training else {}
+        still = _note_buffers(layer) if layer._buffers and layer.training else {}
         outputs = forward(layer, *args, **kwargs)
-        _refuse_moved(layer, before)
+        _refuse_moved(layer, still)
         return outputs
     finally:
         OWN.nested = nested
@@ -356,34 +362,42 @@ def run_reading(layer: Carrier, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 # A buffer that moves (statistics, a moving average) belongs to the base: an adapter neither holds
-# nor restores it. No name and no dtype tells it from a constant, so each forward in training does.
+# nor restores it. No name and no dtype tells it from a constant, so each forward in training does:
+# the first by its values, later ones by the tensor and its version. A save compares values again.
 
 
-def _saved_buffers(layer: Carrier) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the saved buffers of a layer that trains a copy, with their values."""
-    if is_watched() or not any(e.spec is None and e.scale is None for e in layer._lora.entries()):
-        return {}
-    return {
-        name: (buffer, buffer.detach().clone())
-        for name, buffer in layer._buffers.items()
-        if name not in layer._non_persistent_buffers_set
-        and type(buffer) is Tensor
-        and not buffer.is_meta
-    }
+def _note_buffers(layer: Carrier) -> Mapping[str, Still]:
+    """Note the saved buffers of a layer that trains a copy, before a forward in training."""
+    attached = layer._lora
+    still: dict[str, Still] = {}
+    if is_watched() or not any(e.spec is None and e.scale is None for e in attached.entries()):
+        return still
+    for name, buffer in layer._buffers.items():
+        kept = name not in layer._non_persistent_buffers_set
+        if kept and type(buffer) is Tensor and not buffer.is_meta:
+            noted = attached.still.get(name)
+            if noted is None or noted.buffer is not buffer or noted.version != version_of(buffer):
+                noted = Still(buffer, None, buffer.detach().clone())
+            still[name] = noted
+    attached.still = still
+    return still
 
 
-def _refuse_moved(layer: nn.Module, before: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _refuse_moved(layer: Carrier, still: Mapping[str, Still]) -> None:
     """Raise if a forward has moved a buffer, after all have their values again."""
-    for moved, (_, then) in before.items():
+    for moved, noted in still.items():
         now = layer._buffers.get(moved)
+        if now is noted.buffer and noted.version == version_of(now):
+            continue
         if (
             now is not None
-            and now.shape == then.shape
-            and torch.allclose(now, then, rtol=0, atol=0, equal_nan=True)
+            and now.shape == noted.values.shape
+            and torch.allclose(now, noted.values, rtol=0, atol=0, equal_nan=True)
         ):
+            layer._lora.still[moved] = Still(now, version_of(now), noted.values)
             continue
         with torch.no_grad():
-            for name, (buffer, values) in before.items():
+            for name, (buffer, _, values) in still.items():
                 layer._buffers[name] = buffer
                 buffer.copy_(values)
         raise LayerError(

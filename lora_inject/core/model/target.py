@@ -19,6 +19,7 @@ from lora_inject.core.functional.fold import (
     with_tally,
 )
 from lora_inject.core.functional.merge_report import TensorReport
+from lora_inject.core.functional.torch_inside import version_of
 from lora_inject.core.layers.attached import Entry
 from lora_inject.core.layers.library import dense, reason_against, weight_kind
 from lora_inject.core.layers.survey import Holder, memory_of
@@ -30,7 +31,7 @@ from lora_inject.core.layers.weight_kinds import (
     sharded_by,
     whole,
 )
-from lora_inject.core.model.undo import Put, version_of
+from lora_inject.core.model.undo import Put
 from lora_inject.errors import LayerError, StateError
 
 Into = torch.dtype | Literal["same"] | None

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.functional.torch_inside import version_of
 from lora_inject.core.layers.selection import Selected
 from lora_inject.core.layers.snapshot import all_or_nothing
 from lora_inject.core.layers.survey import Holder, Survey
@@ -22,11 +23,6 @@ from lora_inject.core.roots.root import Injected, alone
 from lora_inject.errors import StateError
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return a number that grows with each write in place; tensors of inference mode have none."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass
