@@ -1,6 +1,7 @@
 """Copies: pickle, deepcopy, torch.save. That one is apart from its original: the state machine."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,20 @@ every_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=list(COPIES)
 
 
 @every_copy
-def test_a_copy_made_inside_a_context_is_whole(copied: Any) -> None:
+def test_a_copy_made_inside_a_context_is_refused(copied: Any) -> None:
+    """A reference for DPO that was copied inside `disabled` had its adapter on."""
     model, x = injected(KINDS["linear"]), torch.randn(1, 5)
-    wanted = model(x)
-    with li.routed(model, [None]):
-        other, base = copied(model), model(x)
-    for which, output in (("default", wanted), (None, base)):
-        assert same_bits(li.activate(other, which)(x), output)
-    assert same_bits(model(x), wanted)
+    wanted, other = model(x), injected(KINDS["linear"])
+    for context in (li.routed(model, [None]), li.disabled(model)):
+        with context:
+            for which in (model, model.layer):
+                with refused(li.StateError, "disabled()", "eject(copy)"):
+                    copied(which)
+            copied(other)
+            with ThreadPoolExecutor(1) as thread:  # which is in no context
+                apart = thread.submit(copied, model).result()
+        assert same_bits(apart(x), wanted)
+    assert same_bits(copied(model)(x), wanted)
 
 
 @every_copy

@@ -217,6 +217,7 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "a Parameter of its data": lambda m: nn.Parameter(m.weight.data),
     "swapped": lambda m: torch.utils.swap_tensors(m.weight, torch.zeros(D, D).double()),
     "swapped with": lambda m: torch.utils.swap_tensors(torch.zeros(D, D).double(), m.weight),
+    "swapped by names": lambda m: torch.utils.swap_tensors(t1=m.weight, t2=torch.zeros(D, D)),
 }
 
 

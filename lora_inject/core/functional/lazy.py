@@ -251,10 +251,10 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that asks no class of its tensors, and takes none that was read."""
 
     @functools.wraps(function)
-    def refusing(*args: Any) -> Any:
-        if any(isinstance(t, LazyWeight) for t in args):
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(t, LazyWeight) for t in (*args, *kwargs.values())):
             _refuse_change(function)
-        return function(*args)
+        return function(*args, **kwargs)
 
     return refusing
 

@@ -60,9 +60,10 @@ class Read:
         """
         if self._versions_now() != self._versions:
             raise LayerError(
-                "using a weight that was read in an earlier forward",
+                "using what was read of a weight with an adapter",
                 "its adapter, or the weight itself, was changed since",
-                "Read the weight again from its module, or keep a .clone() of it",
+                "Read the weight again from its module, or keep a .clone() of it; change what "
+                "trains after the backward",
             )
         if self._used is not None and not (look and self._looks):
             self._used()

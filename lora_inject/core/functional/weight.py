@@ -154,10 +154,8 @@ def low_rank(weight: Tensor, patches: Sequence[Patch], gain: Gain | None = None)
 def of_every_expert(factor: Tensor, site: SiteSpec, n: int) -> Tensor:
     """Return A or B of a stack for n experts: a shared one as views, zeros of those left out."""
     numbers = site.only
-    if len(factor) == n:
-        return factor
     if numbers is None:
-        return factor.expand(n, -1, -1)
+        return factor if len(factor) == n else factor.expand(n, -1, -1)
     zeros = factor.new_zeros(()).expand(n, *factor.shape[1:])
     parts = []
     for matrix, before, number in zip(

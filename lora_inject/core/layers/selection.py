@@ -240,11 +240,15 @@ class Selection:
             problem = "it was called in a backward pass, which may run a forward again"
             remedy = "Call it outside, or use disabled() or routed() inside"
             raise StateError(asked, problem, remedy)
-        inside = any(self in context.selected for context in ENTERED.get() if not context.left)
+        inside = self._is_inside()
         if inside or (others and self.contexts):
             whose = "inside" if inside else "while another thread or task is inside"
             problem = f"it was called {whose} disabled() or routed(), whose end would undo it"
             raise StateError(asked, problem, "Leave the context first")
+
+    def _is_inside(self) -> bool:
+        """Return whether the caller is inside a context of this selection."""
+        return any(self in context.selected for context in ENTERED.get() if not context.left)
 
     # ---------------------------------------------------------------------------------- adapters
 
@@ -275,7 +279,19 @@ class Selection:
             self.into_graphs(selected, self.devices)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy carries: the setting, and no open context."""
+        """Return what a copy carries: the setting.
+
+        Raises:
+            StateError: The caller is inside a context, of which a copy would know nothing.
+        """
+        if self._is_inside():
+            raise StateError(
+                "a copy or pickle of a model with adapters",
+                "it was asked for inside disabled() or routed(), which hold for the model alone: "
+                "in the copy the adapters of the model's setting would be on",
+                "Copy it outside. A reference without adapters is the model itself inside "
+                "disabled(model), or eject(copy)",
+            )
         carried = ("setting", "merged", "versions", "devices")
         return {name: getattr(self, name) for name in carried}
 
